@@ -1,0 +1,780 @@
+"""The rules of the service, each as a test: over HTTP, on a real database file; the last part on a real process."""
+
+import itertools
+import json
+import logging
+import os
+import random
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+import uuid
+from collections import Counter
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from webtest import TestApp
+
+import rockets
+
+CHANNEL = "193270a9-c9cf-404a-8f83-838e71d9ae67"
+SERVICE = Path(rockets.__file__)
+LAUNCH = {"type": "Falcon-9", "launchSpeed": 500, "mission": "ARTEMIS"}
+UNKNOWN = {
+    "type": None,
+    "speed": None,
+    "mission": None,
+    "status": "awaiting_launch",
+    "explosionReason": None,
+    "launchedAt": None,
+}
+
+
+@pytest.fixture
+def file(tmp_path):
+    return tmp_path / "rockets.db"
+
+
+@pytest.fixture
+def app(file):
+    store = rockets.Store(str(file), places=8)
+    yield TestApp(rockets.create_app(store))
+    store.close()
+
+
+def message(number, kind, content, channel=CHANNEL, at=None):
+    at = at or f"2022-02-02T19:{number // 60 % 60:02}:{number % 60:02}+01:00"
+    metadata = {"channel": channel, "messageNumber": number, "messageTime": at, "messageType": kind}
+    return {"metadata": metadata, "message": content}
+
+
+def launch(number=1, **changes):
+    metadata = {key: changes.pop(key) for key in ("channel", "at") if key in changes}
+    return message(number, "RocketLaunched", LAUNCH | changes, **metadata)
+
+
+def faster(number, by, **metadata):
+    return message(number, "RocketSpeedIncreased", {"by": by}, **metadata)
+
+
+def slower(number, by, **metadata):
+    return message(number, "RocketSpeedDecreased", {"by": by}, **metadata)
+
+
+def exploded(number, reason="PRESSURE_VESSEL_FAILURE", **metadata):
+    return message(number, "RocketExploded", {"reason": reason}, **metadata)
+
+
+def renamed(number, mission, **metadata):
+    return message(number, "RocketMissionChanged", {"newMission": mission}, **metadata)
+
+
+def post(app, body, **options):
+    text = body if isinstance(body, (str, bytes)) else json.dumps(body)
+    return app.post("/messages", text, **({"content_type": "application/json"} | options))
+
+
+def get(app, channel=CHANNEL):
+    return app.get(f"/rockets/{channel}").json
+
+
+def dump(file):
+    with closing(sqlite3.connect(file)) as connection:
+        return [connection.execute(f"SELECT * FROM {table}").fetchall() for table in ("rockets", "messages")]
+
+
+def fold(messages):
+    """Return what the messages of one rocket, in any order and number, mean: read in order, from first to last."""
+    ordered = [found for _, found in sorted({m["metadata"]["messageNumber"]: m for m in reversed(messages)}.items())]
+    last = ordered[-1]["metadata"]
+    rocket = {"channel": last["channel"], **UNKNOWN, "updatedAt": last["messageTime"]}
+    rocket |= {"lastMessageNumber": last["messageNumber"], "missingMessages": last["messageNumber"] - len(ordered)}
+    change = 0
+    for found in ordered:
+        kind, content = found["metadata"]["messageType"], found["message"]
+        if kind == "RocketLaunched":
+            if rocket["type"] is None:
+                rocket |= {"type": content["type"], "speed": content["launchSpeed"]}
+                rocket["launchedAt"] = found["metadata"]["messageTime"]
+            rocket["mission"] = content["mission"]
+        elif kind == "RocketMissionChanged":
+            rocket["mission"] = content["newMission"]
+        elif kind == "RocketExploded":
+            rocket["explosionReason"] = rocket["explosionReason"] or content["reason"]
+        else:
+            change += content["by"] if kind == "RocketSpeedIncreased" else -content["by"]
+    if rocket["type"] is not None:
+        rocket |= {"speed": rocket["speed"] + change, "status": "active"}
+    if rocket["explosionReason"]:
+        rocket["status"] = "exploded"
+    return rocket
+
+
+# The state ############################################################################################################
+
+
+def test_a_launch_is_the_whole_state(app):
+    assert post(app, launch(), status=202).json == {"status": "applied"}
+    assert get(app) == {
+        "channel": CHANNEL,
+        "type": "Falcon-9",
+        "speed": 500,
+        "mission": "ARTEMIS",
+        "status": "active",
+        "explosionReason": None,
+        "launchedAt": "2022-02-02T19:00:01+01:00",
+        "updatedAt": "2022-02-02T19:00:01+01:00",
+        "lastMessageNumber": 1,
+        "missingMessages": 0,
+    }
+
+
+def test_every_permutation_of_a_life_delivered_twice_ends_the_same(app):
+    for permutation in itertools.permutations(range(6)):
+        channel = str(uuid.uuid4())
+        life = [
+            launch(1, channel=channel),
+            faster(2, 3000, channel=channel),
+            renamed(3, "SHUTTLE_MIR", channel=channel),
+            slower(4, 2500, channel=channel),
+            renamed(5, "APOLLO", channel=channel),
+            exploded(6, channel=channel),
+        ]
+        delivered = []
+        for index in permutation:
+            delivered.append(life[index])
+            assert post(app, life[index]).json == {"status": "applied"}
+            assert post(app, life[index]).json == {"status": "duplicate"}
+            assert get(app, channel) == fold(delivered)
+        assert get(app, channel) == {
+            "channel": channel,
+            "type": "Falcon-9",
+            "speed": 1000,
+            "mission": "APOLLO",
+            "status": "exploded",
+            "explosionReason": "PRESSURE_VESSEL_FAILURE",
+            "launchedAt": "2022-02-02T19:00:01+01:00",
+            "updatedAt": "2022-02-02T19:00:06+01:00",
+            "lastMessageNumber": 6,
+            "missingMessages": 0,
+        }
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        [launch(1), launch(4, type="B", launchSpeed=9, mission="B"), faster(2, 5), renamed(3, "C")],
+        [launch(1), exploded(3, "THREE"), exploded(2, "TWO"), slower(4, 700)],
+        [launch(2), exploded(4), faster(7, 3000), renamed(9, "AFTER")],
+        [faster(3, 1), slower(8, 9), renamed(5, "NO_LAUNCH"), exploded(40)],
+        [launch(2**53 - 1, launchSpeed=2**31 - 1), faster(1, 2**31 - 1), slower(2, 0), exploded(2**53 - 2)],
+    ],
+    ids=["two launches", "two explosions", "after an explosion", "no launch, gaps", "limits"],
+)
+def test_odd_sets_mean_the_same_in_every_order(app, odd):
+    for order in itertools.permutations(odd):
+        channel = str(uuid.uuid4())
+        delivered = []
+        for found in order:
+            delivered.append({**found, "metadata": found["metadata"] | {"channel": channel}})
+            post(app, delivered[-1], status=202)
+            assert get(app, channel) == fold(delivered)
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_shuffled_streams_agree_with_the_fold_after_every_delivery(app, seed):
+    rng = random.Random(seed)
+    sent = []
+    for _ in range(50):
+        channel = str(uuid.UUID(int=rng.getrandbits(128)))
+        numbers = sorted(rng.sample(range(1, 60), rng.randint(1, 30)))
+        for number in numbers:
+            kinds = [
+                launch(number, channel=channel, type=rng.choice("ABC"), launchSpeed=rng.randrange(9)),
+                faster(number, rng.randrange(9000), channel=channel),
+                slower(number, rng.randrange(9000), channel=channel),
+                renamed(number, rng.choice("XYZ"), channel=channel),
+                exploded(number, rng.choice("PQR"), channel=channel),
+            ]
+            sent.append(rng.choices(kinds, [2, 4, 4, 3, 1])[0])
+    rng.shuffle(sent)
+    sent.sort(key=lambda delivery: delivery["metadata"]["messageNumber"])
+    sent += rng.sample(sent, len(sent) // 10)
+    places = {id(delivery): place + rng.uniform(0, 300) for place, delivery in enumerate(sent)}
+    sent.sort(key=lambda delivery: places[id(delivery)])
+    known = {}
+    for delivery in sent:
+        channel = delivery["metadata"]["channel"]
+        known.setdefault(channel, []).append(delivery)
+        post(app, delivery, status=202)
+        assert get(app, channel) == fold(known[channel])
+    assert app.get("/rockets").json["rockets"] == [fold(known[channel]) for channel in sorted(known)]
+
+
+def test_the_launch_with_the_lowest_number_stands(app):
+    post(app, launch(5, type="B", launchSpeed=7))
+    post(app, launch(2, type="A", launchSpeed=3))
+    post(app, launch(9, type="C", launchSpeed=11))
+    assert [get(app)[key] for key in ("type", "speed", "launchedAt")] == ["A", 3, "2022-02-02T19:00:02+01:00"]
+
+
+def test_the_explosion_with_the_lowest_number_gives_the_reason(app):
+    for number, reason in ((5, "FIVE"), (3, "THREE"), (8, "EIGHT")):
+        post(app, exploded(number, reason))
+    assert get(app)["explosionReason"] == "THREE"
+
+
+def test_speed_is_unknown_until_the_launch_and_then_counts_what_came_before(app):
+    post(app, faster(2, 3000))
+    assert (get(app)["speed"], get(app)["status"], get(app)["missingMessages"]) == (None, "awaiting_launch", 1)
+    post(app, launch())
+    assert (get(app)["speed"], get(app)["status"], get(app)["missingMessages"]) == (3500, "active", 0)
+
+
+def test_a_late_mission_change_does_not_undo_a_newer_one(app):
+    post(app, renamed(9, "NEW"))
+    post(app, renamed(4, "OLD"))
+    assert get(app)["mission"] == "NEW"
+
+
+def test_a_redelivery_that_differs_is_a_duplicate_and_the_first_stands(app, caplog):
+    post(app, faster(2, 100))
+    before = get(app)
+    assert post(app, faster(2, 999), status=202).json == {"status": "duplicate"}
+    assert get(app) == before
+    assert "999" in caplog.records[0].getMessage() and caplog.records[0].levelno == logging.WARNING
+
+
+def test_a_redelivery_with_its_keys_in_another_order_does_not_differ(app, caplog):
+    post(app, launch())
+    post(app, message(1, "RocketLaunched", dict(reversed(LAUNCH.items()))))
+    assert not caplog.records
+
+
+# Validation ###########################################################################################################
+
+
+def edited(path, value):
+    body = launch()
+    holder = body
+    *parents, name = path.split(".")
+    for parent in parents:
+        holder = holder[parent]
+    if value is ...:  # missing
+        del holder[name]
+    else:
+        holder[name] = value
+    return json.dumps(body)
+
+
+FIELDS = {
+    "metadata": "an object",
+    "message": "an object",
+    "metadata.channel": "a UUID",
+    "metadata.messageNumber": "a whole number from 1 to 9007199254740991",
+    "metadata.messageTime": "an RFC 3339 time with an offset",
+    "metadata.messageType": "one of RocketLaunched",
+    "message.type": "a text of 1 to 256 characters",
+    "message.launchSpeed": "a whole number from 0 to 2147483647",
+    "message.mission": "a text of 1 to 256 characters",
+}
+WRONG = {path: [..., None, True, [], 1.5, float("nan")] for path in FIELDS}
+for path in FIELDS:
+    WRONG[path] += [""] if path.count(".") else ["text", 7]
+for path, lowest, highest in (("metadata.messageNumber", 1, 2**53 - 1), ("message.launchSpeed", 0, 2**31 - 1)):
+    WRONG[path] += [lowest - 1, highest + 1, 1.0, "1", 10**400, {}]
+for path in ("message.type", "message.mission"):
+    WRONG[path] += ["x" * 257, "a\0b", "\ud800", 7, {}]
+WRONG["metadata.channel"] += ["7", f"{CHANNEL}0", CHANNEL[:-1] + "g", f" {CHANNEL}", f"{{{CHANNEL}", "1_" * 16, 7]
+WRONG["metadata.messageType"] += ["rocketlaunched", "RocketLanded", "RocketLaunched ", 7, {}]
+WRONG["metadata.messageTime"] += [
+    "2022-02-02T19:39:05", "2022-02-02", "2022-13-02T19:39:05Z", "2022-02-30T19:39:05Z", "2022-02-02T24:00:00Z",
+    "2022-02-02T19:60:05Z", "2022-02-02T19:39:61Z", "2022-02-02T12:00:60Z", "2022-02-02T19:39:05+24:00",
+    "2022-02-02 19:39:05Z", "2022-02-02T19:39:05.Z", "0000-01-01T00:00:00Z", "9999-12-31T23:59:59-01:00",
+    "\uff12022-02-02T19:39:05Z", 1643827145,
+]  # fmt: skip
+CASES = [(edited(path, value), f"{path} must be {FIELDS[path]}") for path, values in WRONG.items() for value in values]
+VALID = json.dumps(launch())
+CASES += [
+    ("", "JSON"),
+    ("{", "JSON"),
+    (VALID + "x", "JSON"),
+    (VALID.encode("utf-16"), "UTF-8"),
+    (VALID.encode().replace(b"ARTEMIS", b"\xff"), "UTF-8"),
+    ("[]", "the body must be an object, got []"),
+    ("null", "the body must be an object, got null"),
+    ("NaN", "the body must be an object, got NaN"),
+    ("[" * 30_000, "objects and arrays"),
+    (VALID.replace("500", "9" * 5000), "message.launchSpeed must be"),
+    (VALID.replace('"messageNumber": 1', f'"messageNumber": {"9" * 5000}'), "metadata.messageNumber must be"),
+    (VALID.replace("500", '500, "by": NaN'), "finite"),
+    (VALID.replace("500", '500, "extra": 1e999'), "finite"),
+    (VALID.replace("500", '500, "extra": "\\ud800"'), "whole characters"),
+    (edited("message", {"by": 7}).replace("RocketLaunched", "RocketExploded"), "message.reason must be"),
+    (edited("message", {"by": -1}).replace("RocketLaunched", "RocketSpeedDecreased"), "message.by must be"),
+    (edited("message", {}).replace("RocketLaunched", "RocketMissionChanged"), "message.newMission must be"),
+]
+
+
+@pytest.mark.parametrize(("body", "words"), CASES, ids=[f"{i}-{words[:40]}" for i, (_, words) in enumerate(CASES)])
+def test_bad_input_is_named_and_changes_nothing(app, file, body, words):
+    post(app, faster(7, 1))
+    before = dump(file)
+    answer = post(app, body, status=400)
+    assert answer.content_type == "application/problem+json"
+    assert answer.json.keys() == {"title", "status", "detail"}
+    assert (answer.json["title"], answer.json["status"]) == ("Bad Request", 400)
+    assert words in answer.json["detail"]
+    assert dump(file) == before
+
+
+def test_a_body_over_64_kib_is_refused_and_one_of_64_kib_taken(app, file):
+    padding = 64 * 1024 - len(json.dumps(launch(pad="")))
+    assert post(app, launch(pad="x" * (padding + 1)), status=413).json["detail"].endswith("65536 bytes long")
+    assert dump(file) == [[], []]
+    post(app, launch(pad="x" * padding), status=202)
+
+
+VALID_TIMES = ["2022-02-02t19:39:05z", "2016-12-31T23:59:60Z", "2016-12-31T15:59:60.5-08:00", "0001-01-01T00:00:00Z"]
+
+
+@pytest.mark.parametrize("at", [*VALID_TIMES, "2022-02-02T19:39:05.123456789012-00:00"])
+def test_every_rfc_3339_time_is_taken_and_served_as_sent(app, at):
+    post(app, launch(at=at), status=202)
+    assert get(app)["launchedAt"] == at
+
+
+SPELLINGS = [CHANNEL.upper(), CHANNEL.replace("-", ""), f"{{{CHANNEL}}}", f"urn:uuid:{CHANNEL}", f"URN:UUID:{CHANNEL}"]
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_a_channel_may_be_spelled_as_any_uuid(app, spelling):
+    post(app, launch(channel=spelling), status=202)
+    assert get(app, spelling)["channel"] == CHANNEL
+    assert post(app, launch()).json == {"status": "duplicate"}
+
+
+@pytest.mark.parametrize("content_type", ["application/json", "text/plain", "application/x-www-form-urlencoded", None])
+def test_any_content_type_will_do(app, content_type):
+    request = app.RequestClass.blank("/messages", method="POST", body=json.dumps(launch()).encode())
+    request.headers.pop("Content-Type", None)
+    if content_type:
+        request.headers["Content-Type"] = content_type
+    assert app.do_request(request, status=202).json == {"status": "applied"}
+
+
+# HTTP #################################################################################################################
+
+
+def fill(app):
+    """Store five rockets with ties, nulls and times of several offsets; return their channels."""
+    channels = [str(uuid.UUID(int=n)) for n in range(1, 6)]
+    post(app, launch(channel=channels[0], type="B", launchSpeed=5, mission="X", at="2022-02-02T12:00:00.0005+01:00"))
+    post(app, launch(channel=channels[1], type="A", launchSpeed=5, mission="Y", at="2022-02-02T12:00:00.0004+01:00"))
+    post(app, launch(channel=channels[2], type="A", launchSpeed=9, mission="X", at="2022-02-02T06:00:00-06:00"))
+    post(app, exploded(2, channel=channels[2], at="2022-02-02T12:30:00+02:00"))
+    post(app, faster(3, 1, channel=channels[3], at="2022-02-02T11:00:00.00041Z"))
+    post(app, exploded(1, channel=channels[4], at="2022-02-02T23:00:00+13:00"))
+    return channels
+
+
+SORTED = {  # the order of fill()'s rockets, ascending and descending
+    "channel": ([1, 2, 3, 4, 5], [5, 4, 3, 2, 1]),
+    "type": ([2, 3, 1, 4, 5], [1, 2, 3, 4, 5]),
+    "speed": ([1, 2, 3, 4, 5], [3, 1, 2, 4, 5]),
+    "mission": ([1, 3, 2, 4, 5], [2, 1, 3, 4, 5]),
+    "status": ([1, 2, 4, 3, 5], [3, 5, 4, 1, 2]),
+    "launchedAt": ([2, 1, 3, 4, 5], [3, 1, 2, 4, 5]),
+    "updatedAt": ([5, 3, 2, 4, 1], [1, 4, 2, 3, 5]),
+    "lastMessageNumber": ([1, 2, 5, 3, 4], [4, 3, 1, 2, 5]),
+}
+
+
+@pytest.mark.parametrize("sort", SORTED)
+def test_rockets_sort_by_every_key_in_both_orders_ties_by_channel_and_null_last(app, sort):
+    channels = fill(app)
+    for order, expected in zip(("asc", "desc"), SORTED[sort], strict=True):
+        answer = app.get(f"/rockets?sort={sort}&order={order}").json
+        assert [rocket["channel"] for rocket in answer.pop("rockets")] == [channels[n - 1] for n in expected]
+        assert answer == {"count": 5, "total": 5, "sortBy": sort, "order": order}
+
+
+def test_rockets_come_by_channel_upwards_unless_asked_otherwise(app):
+    assert app.get("/rockets").json == {"count": 0, "total": 0, "sortBy": "channel", "order": "asc", "rockets": []}
+    channels = fill(app)
+    assert [rocket["channel"] for rocket in app.get("/rockets").json["rockets"]] == channels
+
+
+@pytest.mark.parametrize(
+    ("query", "expected"),
+    [
+        ("status=exploded", [3, 5]),
+        ("status=active", [1, 2]),
+        ("status=awaiting_launch", [4]),
+        ("type=A", [2, 3]),
+        ("mission=X", [1, 3]),
+        ("mission=X&type=A&status=exploded", [3]),
+        ("mission=", []),
+        ("mission=x'%20OR%20'1'='1", []),
+        ("mission=%00", []),
+        ("mission=%ff", []),
+    ],
+)
+def test_filters_leave_what_matches_all_of_them(app, query, expected):
+    channels = fill(app)
+    answer = app.get(f"/rockets?{query}").json
+    assert [rocket["channel"] for rocket in answer["rockets"]] == [channels[n - 1] for n in expected]
+    assert answer["count"] == answer["total"] == len(expected)
+
+
+@pytest.mark.parametrize("spelling", ["Z%C3%BCrich", "Zürich"])
+def test_a_filter_may_be_percent_encoded_or_not(app, spelling):
+    post(app, launch(mission="Zürich"))
+    query = spelling.encode().decode("latin-1")  # as WSGI shows what came
+    assert app.get("/rockets", extra_environ={"QUERY_STRING": f"mission={query}"}).json["count"] == 1
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 7])
+def test_pages_neither_skip_nor_repeat(app, size):
+    channels = fill(app)
+    seen = []
+    for offset in range(0, 9, size):
+        page = app.get(f"/rockets?sort=status&limit={size}&offset={offset}").json
+        assert page["count"] == len(page["rockets"]) and page["total"] == 5
+        seen += [rocket["channel"] for rocket in page["rockets"]]
+    assert seen == [channels[n - 1] for n in SORTED["status"][0]]
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("/rockets?sort=age", "sort must be one of channel, type, speed, mission, status, launchedAt, updatedAt, last"),
+        ("/rockets?sort=", "sort must be one of"),
+        ("/rockets?sort=speed;DROP TABLE rockets", "sort must be one of"),
+        ("/rockets?order=up", 'order must be one of asc, desc, got "up"'),
+        ("/rockets?status=lost", 'status must be one of active, awaiting_launch, exploded, got "lost"'),
+        ("/rockets?limit=-1", 'limit must be a whole number from 0 to 9007199254740991, got "-1"'),
+        ("/rockets?limit=ten", "limit must be a whole number"),
+        ("/rockets?limit=1.0", "limit must be a whole number"),
+        ("/rockets?limit=%D9%A1", "limit must be a whole number"),
+        ("/rockets?offset=9007199254740992", "offset must be a whole number"),
+        ("/rockets?limit=" + "9" * 5000, "limit must be a whole number"),
+        ("/rockets?limit=1&limit=2", "only once"),
+        (f"/rockets/{CHANNEL}/messages?limit=10001", 'limit must be a whole number from 0 to 10000, got "10001"'),
+        (f"/rockets/{CHANNEL}/messages?after=x", "after must be a whole number"),
+        ("/rockets/apollo", 'channel must be a UUID, got "apollo"'),
+        ("/rockets/apollo/messages", "channel must be a UUID"),
+    ],
+)
+def test_a_bad_parameter_is_named_with_what_it_may_be(app, path, words):
+    answer = app.get(path, status=400)
+    assert answer.content_type == "application/problem+json"
+    assert words in answer.json["detail"]
+
+
+def test_history_is_what_was_posted_in_the_order_of_numbers(app):
+    sent = [renamed(9, "B", at="2022-02-02T19:39:05.10+01:00"), launch(2, extra={"kept": [1, "é", None]}), faster(4, 1)]
+    for body in sent:
+        post(app, body)
+    ordered = [sent[1], sent[2], sent[0]]
+    assert app.get(f"/rockets/{CHANNEL}/messages").json == {"channel": CHANNEL, "count": 3, "messages": ordered}
+    page = app.get(f"/rockets/{CHANNEL}/messages?after=2&limit=1").json
+    assert page == {"channel": CHANNEL, "count": 1, "messages": [sent[2]]}
+    assert app.get(f"/rockets/{CHANNEL}/messages?after=9").json == {"channel": CHANNEL, "count": 0, "messages": []}
+
+
+def test_history_has_1000_messages_unless_asked_otherwise(app):
+    for number in range(1, 1003):
+        post(app, faster(number, 1))
+    assert app.get(f"/rockets/{CHANNEL}/messages").json["count"] == 1000
+    assert app.get(f"/rockets/{CHANNEL}/messages?limit=10000").json["count"] == 1002
+
+
+@pytest.mark.parametrize("path", [f"/rockets/{CHANNEL}", f"/rockets/{CHANNEL}/messages", "/nowhere", "/rockets/"])
+def test_what_is_unknown_is_a_404(app, path):
+    answer = app.get(path, status=404)
+    assert answer.content_type == "application/problem+json"
+    assert answer.json["title"] == "Not Found"
+
+
+def test_a_wrong_method_is_a_405_that_names_the_right_one(app):
+    answer = app.get("/messages", status=405)
+    assert answer.headers["Allow"] == "POST"
+    assert answer.json == {"title": "Method Not Allowed", "status": 405, "detail": "/messages takes POST, not GET"}
+    assert app.delete("/rockets", status=405).headers["Allow"] == "GET,HEAD"
+
+
+def test_health_counts_rockets_and_messages(app):
+    fill(app)
+    assert app.get("/health").json == {"status": "ok", "rockets": 5, "messages": 6}
+
+
+@pytest.mark.parametrize("path", ["/rockets", f"/rockets/{CHANNEL}", f"/rockets/{CHANNEL}/messages", "/health"])
+def test_a_get_that_would_repeat_itself_answers_304(app, path):
+    post(app, launch())
+    tag = app.get(path).headers["ETag"]
+    for held in (tag, f"W/{tag}", f'"other", {tag}', "*"):
+        assert app.get(path, headers={"If-None-Match": held}, status=304).body == b""
+    assert app.get(path, headers={"If-None-Match": '"other"'}, status=200).headers["ETag"] == tag
+    post(app, faster(2, 1))
+    assert app.get(path, headers={"If-None-Match": tag}, status=200).headers["ETag"] != tag
+
+
+def test_head_has_the_headers_of_get_and_no_body(app):
+    post(app, launch())
+    head, whole = app.head("/rockets"), app.get("/rockets")
+    assert (head.body, head.headers["Content-Length"]) == (b"", str(len(whole.body)))
+
+
+def test_any_page_may_read_and_no_browser_takes_an_answer_for_a_page(app):
+    for answer in (app.get("/rockets"), app.get("/nowhere", status=404), app.get("/rockets?sort=x", status=400)):
+        assert answer.headers["Access-Control-Allow-Origin"] == "*"
+        assert answer.headers["X-Content-Type-Options"] == "nosniff"
+    answer = post(app, launch(mission="<script>"))
+    assert "Access-Control-Allow-Origin" not in answer.headers
+    assert answer.headers["X-Content-Type-Options"] == "nosniff"
+    assert app.get("/rockets").content_type == "application/json"
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Sec-Fetch-Site": "cross-site"}, 403),
+        ({"Sec-Fetch-Site": "same-site"}, 403),
+        ({"Origin": "http://evil.example"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Origin": "http://localhost:80"}, 202),
+        ({"Sec-Fetch-Site": "same-origin", "Origin": "http://elsewhere.example"}, 202),
+        ({"Sec-Fetch-Site": "none"}, 202),
+    ],
+)
+def test_only_the_own_page_may_post(app, file, headers, status):
+    answer = post(app, launch(), headers=headers, status=status)
+    assert len(dump(file)[1]) == (status == 202)
+    assert answer.content_type == ("application/json" if status == 202 else "application/problem+json")
+
+
+def test_the_same_message_on_many_connections_at_once_is_applied_once(file):
+    store = rockets.Store(str(file), places=8)
+    app = rockets.create_app(store)
+    for number in range(1, 51):
+        barrier = threading.Barrier(4)
+        answers = []
+
+        def deliver(barrier=barrier, answers=answers, number=number):
+            client = TestApp(app)
+            barrier.wait()
+            answers.append(post(client, faster(number, 1)).json["status"])
+
+        threads = [threading.Thread(target=deliver) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert Counter(answers) == {"applied": 1, "duplicate": 3}
+    post(TestApp(app), launch(51))
+    assert get(TestApp(app))["speed"] == 550
+    store.close()
+
+
+# The process ##########################################################################################################
+
+
+class Process:
+    """The service as a user starts it; stopped at the end of the with block."""
+
+    def __init__(self, file, *options, **environ):
+        self.file, self.options, self.environ = file, options, environ
+
+    def __enter__(self):
+        command = [sys.executable, SERVICE, "--database", self.file, "--port", "0", *self.options]
+        self.popen = subprocess.Popen(
+            command, env=os.environ | self.environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        self.said = self.popen.stdout.readline()
+        self.url = self.said.split()[3].rstrip(",")
+        return self
+
+    def __exit__(self, *_):
+        self.popen.kill()
+        self.popen.communicate()
+
+    def stop(self, number):
+        self.popen.send_signal(number)
+        return self.popen.wait(timeout=10)
+
+    def request(self, path, body=None, timeout=10):
+        """Return the status and the JSON of an answer."""
+        try:
+            with urllib.request.urlopen(self.url + path, body and json.dumps(body).encode(), timeout) as answer:
+                return answer.status, json.load(answer)
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code, json.load(error)
+
+
+def start_in_vain(file, *options):
+    """Return the exit code and the stderr of a service that can't start."""
+    command = [sys.executable, SERVICE, "--database", file, "--port", "0", *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    return done.returncode, done.stderr
+
+
+def post_until_it_stops(process, acknowledged, channel):
+    for number in itertools.count(1):
+        try:
+            status, _ = process.request("/messages", faster(number, 1, channel=channel))
+        except OSError:
+            return
+        if status == 202:
+            acknowledged.append((channel, number))
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 0), (signal.SIGINT, 0)])
+def test_everything_acknowledged_is_there_after(number, code, file):
+    acknowledged = []
+    with Process(file) as process:
+        channels = [str(uuid.uuid4()) for _ in range(4)]
+        senders = [threading.Thread(target=post_until_it_stops, args=(process, acknowledged, c)) for c in channels]
+        for sender in senders:
+            sender.start()
+        while len(acknowledged) < 200:
+            time.sleep(0.01)
+        assert process.stop(number) == code
+        for sender in senders:
+            sender.join()
+    if code == 0:
+        assert sorted(path.name for path in file.parent.iterdir()) == ["rockets.db"]  # no write-ahead log is left
+    with Process(file) as process:
+        for channel in channels:
+            numbers = {number for sent, number in acknowledged if sent == channel}
+            status, rocket = process.request(f"/rockets/{channel}")
+            assert status == 200
+            assert rocket["lastMessageNumber"] - len(numbers) in (0, 1)  # the last one may lack its answer alone
+            assert rocket["missingMessages"] == 0
+            history = process.request(f"/rockets/{channel}/messages?limit=10000")[1]["messages"]
+            assert numbers <= {entry["metadata"]["messageNumber"] for entry in history}
+
+
+def test_what_was_found_is_said(file):
+    with Process(file) as process:
+        process.request("/messages", launch())
+        process.stop(signal.SIGTERM)
+    with Process(file) as process:
+        assert process.said == f"Rockets listens on {process.url}, {file} holds 1 rockets and 1 messages\n"
+        assert process.request(f"/rockets/{CHANNEL}")[1] == fold([launch()])
+
+
+def test_reset_starts_from_nothing(file):
+    with Process(file) as process:
+        process.request("/messages", launch())
+        process.stop(signal.SIGTERM)
+    with Process(file, "--reset") as process:
+        assert process.request("/health") == (200, {"status": "ok", "rockets": 0, "messages": 0})
+        assert process.request("/messages", launch()) == (202, {"status": "applied"})
+
+
+def test_the_environment_stands_in_for_options(tmp_path):
+    environ = os.environ | {"HOST": "127.0.0.1", "PORT": "0", "DATABASE": str(tmp_path / "other.db")}
+    popen = subprocess.Popen([sys.executable, SERVICE], env=environ, stdout=subprocess.PIPE, text=True)
+    said = popen.stdout.readline()
+    popen.terminate()
+    assert popen.wait(timeout=10) == 0
+    assert said.startswith("Rockets listens on http://127.0.0.1:") and "other.db" in said
+
+
+def test_localhost_is_ipv4_and_ipv6(file):
+    with Process(file) as process:
+        port = process.url.rpartition(":")[2]
+        for host in ["127.0.0.1", "[::1]"] if has_ipv6() else ["127.0.0.1"]:
+            process.url = f"http://{host}:{port}"
+            assert process.request("/health")[0] == 200
+
+
+def has_ipv6():
+    try:
+        with socket.create_server(("::1", 0), family=socket.AF_INET6):
+            return True
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize("options", [[], ["--verbose"]])
+def test_requests_are_logged_only_when_asked_for_and_on_one_line_each(file, options):
+    with Process(file, *options) as process:
+        process.request("/nowhere%0A%1B[31mforged%C2%9B")
+        process.popen.terminate()
+        logged = process.popen.communicate()[1]
+    assert logged.count("\n") == len(options)
+    assert logged.replace("\n", "").isprintable()
+
+
+def test_a_port_that_is_taken_is_one_line_and_leaves_the_database_alone(file, tmp_path):
+    with Process(file) as process:
+        process.request("/messages", launch())
+        port = process.url.rpartition(":")[2]
+        code, said = start_in_vain(file, "--port", port, "--reset")
+        assert (code, said) == (1, f"rockets: cannot listen on 127.0.0.1 port {port}: Address already in use\n")
+        assert process.request(f"/rockets/{CHANNEL}")[0] == 200
+
+
+def a_text_file(file):
+    file.write_bytes(b"Dear diary, " * 1000)
+
+
+def a_short_text_file(file):
+    file.write_bytes(b"Dear diary")
+
+
+def half_a_database(file):
+    store = rockets.Store(str(file), places=1)
+    for number in range(1, 501):
+        store.apply(rockets.parse_message(json.dumps(faster(number, 1)).encode()))
+    store.close()
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def a_newer_schema(file):
+    rockets.Store(str(file), places=1).close()
+    with closing(sqlite3.connect(file)) as connection:
+        connection.execute(f"PRAGMA user_version = {rockets.SCHEMA_VERSION + 1}")
+
+
+def another_program(file):
+    with closing(sqlite3.connect(file)) as connection:
+        connection.execute("CREATE TABLE holidays (day TEXT)")
+
+
+@pytest.mark.parametrize("options", [[], ["--reset"]])
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (a_text_file, "no SQLite database"),
+        (a_short_text_file, "no SQLite database"),
+        (half_a_database, "malformed"),
+        (a_newer_schema, "a newer version"),
+        (another_program, "another program"),
+    ],
+)
+def test_a_file_that_is_no_database_of_ours_is_one_line_and_left_as_it_was(file, make, words, options):
+    make(file)
+    before = file.read_bytes()
+    code, said = start_in_vain(file, *options)
+    assert code == 1
+    assert said.startswith(f"rockets: cannot use {file} as the database: ") and said.count("\n") == 1
+    assert words in said
+    assert file.read_bytes() == before
+    assert [path.name for path in file.parent.iterdir()] == [file.name]
+
+
+@pytest.mark.parametrize("file", ["/proc/rockets.db", "/nowhere/at/all/rockets.db"])
+def test_a_folder_that_takes_no_file_is_one_line(file):
+    code, said = start_in_vain(file)
+    assert (code, said) == (1, f"rockets: cannot use {file} as the database: unable to open database file\n")
