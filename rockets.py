@@ -636,8 +636,8 @@ def listen(host: str, port: int) -> list[socket.socket]:
     return sockets
 
 
-def serve(app: Bottle, sockets: list[socket.socket], threads: int) -> None:
-    """Serve until SIGTERM or Ctrl-C; then take nothing more, and answer what is under way."""
+def serve(app: Bottle, sockets: list[socket.socket], threads: int, greeting: str) -> None:
+    """Greet, and serve until SIGTERM or Ctrl-C; then take nothing more, and answer what is under way."""
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
@@ -646,6 +646,7 @@ def serve(app: Bottle, sockets: list[socket.socket], threads: int) -> None:
     # Beyond its own limit of a body, waitress answers 413 by itself, in plain text.
     limits = {"connection_limit": 1000, "max_request_body_size": 2 * MAX_BODY}
     server = waitress.create_server(app, map=channels, sockets=sockets, threads=threads, ident="rockets", **limits)
+    print(greeting, flush=True)
     while not stop.is_set():
         wasyncore.loop(timeout=0.2, use_poll=True, map=channels, count=1)  # select() can't watch so many connections
     for listener in [channel for channel in channels.values() if channel.accepting]:
@@ -690,8 +691,7 @@ def main() -> None:
         app.add_hook("after_request", lambda: log.info("%s %a %s", request.method, request.url, response.status_code))
     where = f"http://{args.host}:{sockets[0].getsockname()[1]}"
     holds = f"{args.database} holds {found['rockets']} rockets and {found['messages']} messages"
-    print(f"Rockets listens on {where}, {holds}", flush=True)
-    serve(app, sockets, args.threads)
+    serve(app, sockets, args.threads, f"Rockets listens on {where}, {holds}")
     store.close()
 
 
