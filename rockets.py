@@ -368,13 +368,14 @@ class Store:
         self.committing = threading.Lock()
         self.waiting: deque[Message] = deque()  # for the next commit
         self.idle: list[sqlite3.Connection] = []
+        self.patience = PLACE_PATIENCE
         self.stuck = False  # whether the last transaction could not even begin
         self.trouble: tuple[float, Exception] | None = None  # when and why the last commit failed, if it did
         self.commits = 0
         try:
             inspect(path)
-            self.idle.append(connect(path, "rwc"))
-            self.idle[0].executescript(f"BEGIN IMMEDIATE; {RESET if reset else ''} {SCHEMA} COMMIT;")
+            self.anchor = connect(path, "rwc")  # never lent; while it is open, no other has to make the files of the log
+            self.anchor.executescript(f"BEGIN IMMEDIATE; {RESET if reset else ''} {SCHEMA} COMMIT;")
             self.file = os.stat(path)
         except (sqlite3.Error, OSError) as error:
             raise OSError(f"cannot use {path} as the database: {error}") from error
@@ -384,19 +385,25 @@ class Store:
         """Lend a connection to one thread, and close it, which rolls back, if it fails. Raise HTTPError(503)."""
         connection = None
         try:
+            self.verify()
             try:
                 connection = self.idle.pop()
             except IndexError:
                 connection = connect(self.path, "rw")
             yield connection
-            if not os.path.samestat(os.stat(self.path), self.file):  # a file that was deleted keeps nothing
-                raise OSError("another file has its name")
+            self.verify()
         except (sqlite3.Error, OSError) as error:
             if connection:
                 connection.close()
             detail = f"the database is not available: {error}; try again, as a message that comes twice counts once"
             raise HTTPError(503, detail, Retry_After="1") from error
         self.idle.append(connection)
+
+    def verify(self) -> None:
+        """Raise OSError unless the path leads to the file that was opened. What is written to a deleted file is lost,
+        and SQLite would fold the log of one file into another that has taken its name."""
+        if not os.path.samestat(os.stat(self.path), self.file):
+            raise OSError("another file has its name")
 
     def read(self, sql: str, **parameters: Any) -> bytes | None:
         """Return the one value that a query yields, or None. Raise HTTPError(503)."""
@@ -406,7 +413,9 @@ class Store:
 
     def apply(self, message: Message) -> None:
         """Put a message on disk and set its outcome. Raise HTTPError(503) if that failed, or may have failed."""
-        if not self.places.acquire(timeout=PLACE_PATIENCE):
+        found = self.places.acquire(timeout=self.patience)
+        self.patience = PLACE_PATIENCE if found else 0  # where one has waited in vain, the next need not
+        if not found:
             raise HTTPError(503, "too many messages wait for the disk; try again", Retry_After="1")
         try:
             self.waiting.append(message)
@@ -462,8 +471,8 @@ class Store:
 
     def close(self) -> None:
         """Close every connection; the last one folds the write-ahead log into the file (sqlite.org/wal.html)."""
-        while self.idle:
-            self.idle.pop().close()
+        for connection in (*self.idle, self.anchor):
+            connection.close()
 
 
 # HTTP #################################################################################################################

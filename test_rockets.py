@@ -5,6 +5,8 @@ import json
 import logging
 import os
 import random
+import re
+import resource
 import signal
 import socket
 import sqlite3
@@ -778,3 +780,263 @@ def test_a_file_that_is_no_database_of_ours_is_one_line_and_left_as_it_was(file,
 def test_a_folder_that_takes_no_file_is_one_line(file):
     code, said = start_in_vain(file)
     assert (code, said) == (1, f"rockets: cannot use {file} as the database: unable to open database file\n")
+
+
+# Faults ###############################################################################################################
+
+
+def post_from_threads(process, numbers):
+    """Post a message of each number at the same time; return the statuses and the longest wait in seconds."""
+    outcomes = []
+
+    def deliver(number):
+        began = time.monotonic()
+        status, _ = process.request("/messages", faster(number, 1), timeout=30)
+        outcomes.append((status, time.monotonic() - began))
+
+    threads = [threading.Thread(target=deliver, args=(number,)) for number in numbers]
+    for thread in threads:
+        thread.start()
+    yield
+    for thread in threads:
+        thread.join()
+    yield Counter(status for status, _ in outcomes), max(waited for _, waited in outcomes)
+
+
+def test_posts_outlast_a_lock_of_two_seconds(file):
+    with Process(file) as process, closing(sqlite3.connect(file, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        posting = post_from_threads(process, range(1, 31))
+        next(posting)
+        time.sleep(2)
+        other.execute("ROLLBACK")
+        statuses, _ = next(posting)
+        assert statuses == {202: 30}
+        assert process.request("/health")[1]["messages"] == 30
+
+
+def test_under_a_long_lock_posts_fail_in_time_gets_go_on_and_all_heals(file):
+    with Process(file, "--threads", "8") as process, closing(sqlite3.connect(file, isolation_level=None)) as other:
+        process.request("/messages", launch(1))
+        other.execute("BEGIN IMMEDIATE")
+        posting = post_from_threads(process, range(2, 42))
+        next(posting)
+        for _ in range(20):
+            assert process.request(f"/rockets/{CHANNEL}", timeout=3) == (200, fold([launch(1)]))
+            time.sleep(0.2)
+        statuses, longest = next(posting)
+        assert statuses == {503: 40}
+        assert longest < 8  # the sender gives up after 10
+        assert process.request("/health")[0] == 503
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(process.url + "/messages", json.dumps(faster(99, 1)).encode(), 8)
+        assert refused.value.headers["Retry-After"] == "1"
+        other.execute("ROLLBACK")
+        assert process.request("/messages", faster(2, 3)) == (202, {"status": "applied"})
+        assert process.request(f"/rockets/{CHANNEL}") == (200, fold([launch(1), faster(2, 3)]))
+        assert process.request("/health")[0] == 200
+
+
+def test_a_full_disk_is_a_503_that_leaves_nothing_half_written(file):
+    with Process(file) as process:
+        process.request("/messages", launch(1))
+        limit = os.path.getsize(f"{file}-wal") + 4096
+        resource.prlimit(process.popen.pid, resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+        status, answer = process.request("/messages", launch(2, pad="x" * 30_000))
+        assert (status, answer["title"]) == (503, "Service Unavailable")
+        assert process.request(f"/rockets/{CHANNEL}") == (200, fold([launch(1)]))
+        assert process.request("/health")[0] == 503
+        resource.prlimit(process.popen.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+        assert process.request("/messages", launch(2, pad="x" * 30_000)) == (202, {"status": "applied"})
+        assert process.request(f"/rockets/{CHANNEL}") == (200, fold([launch(1), launch(2)]))
+        assert process.request("/health") == (200, {"status": "ok", "rockets": 1, "messages": 2})
+
+
+def test_a_message_that_does_not_fit_fails_no_other_of_its_batch(file):
+    store = rockets.Store(str(file), places=1)
+    parsed = [rockets.parse_message(json.dumps(faster(n, 1)).encode()) for n in range(1, 4)]
+    parsed[1].row = parsed[1].row.replace('"by":1', '"by":1e')  # as no valid message can; SQLite can't read it
+    store.commit(parsed)
+    assert [parsed[0].outcome, parsed[2].outcome] == ["applied", "applied"]
+    assert isinstance(parsed[1].outcome, Exception)
+    store.close()
+    assert [row[1] for row in dump(file)[1]] == [1, 3]
+
+
+@pytest.mark.parametrize("way", ["moved", "replaced"])
+def test_a_database_that_is_gone_is_a_503_until_it_is_back(file, way):
+    with Process(file) as process:
+        process.request("/messages", launch(1))
+        aside = file.with_name("aside.db")
+        file.rename(aside)
+        if way == "replaced":
+            file.write_bytes(aside.read_bytes())
+        assert process.request("/messages", faster(2, 5))[0] == 503
+        assert [process.request(path)[0] for path in ("/rockets", f"/rockets/{CHANNEL}", "/health")] == [503] * 3
+        aside.rename(file)
+        assert process.request("/messages", faster(2, 5))[0] == 202
+        assert process.request(f"/rockets/{CHANNEL}") == (200, fold([launch(1), faster(2, 5)]))
+
+
+def test_every_message_outlives_kill_after_kill(file):
+    rng = random.Random(20)
+    channels = [str(uuid.UUID(int=rng.getrandbits(128))) for _ in range(4)]
+    sent = {channel: [] for channel in channels}
+    for _ in range(5):
+        acknowledged = []
+        with Process(file) as process:
+
+            def deliver(channel, process=process, acknowledged=acknowledged):
+                while True:
+                    number = len(sent[channel]) + 1
+                    body = faster(number, number, channel=channel)
+                    try:
+                        status, _ = process.request("/messages", body)
+                    except OSError:
+                        return  # sent again, with the same number, after the restart
+                    assert status == 202
+                    sent[channel].append(body)
+                    acknowledged.append(number)
+
+            senders = [threading.Thread(target=deliver, args=(channel,)) for channel in channels]
+            for sender in senders:
+                sender.start()
+            while len(acknowledged) < 50:
+                time.sleep(0.001)
+            time.sleep(rng.random() / 10)
+            process.stop(signal.SIGKILL)
+            for sender in senders:
+                sender.join()
+    with Process(file) as process:
+        for channel in channels:
+            number = len(sent[channel]) + 1  # perhaps stored before the last kill, perhaps not
+            sent[channel].append(faster(number, number, channel=channel))
+            assert process.request("/messages", sent[channel][-1])[0] == 202
+            process.request("/messages", launch(number + 1, channel=channel))
+            sent[channel].append(launch(number + 1, channel=channel))
+            assert process.request(f"/rockets/{channel}") == (200, fold(sent[channel]))
+
+
+# Limits and hostile input #############################################################################################
+
+
+def exchange(process, data, wait=5):
+    """Send bytes over a new connection; return all that comes until the service closes it or says no more."""
+    with socket.create_connection(("127.0.0.1", int(process.url.rpartition(":")[2])), wait) as connection:
+        connection.sendall(data)
+        received = b""
+        try:
+            while more := connection.recv(65536):
+                received += more
+        except OSError:
+            pass
+        return received
+
+
+def http(body, headers="", version="1.1", close=True):
+    closing_header = "Connection: close\r\n" if close else ""
+    head = f"POST /messages HTTP/{version}\r\nHost: localhost\r\n{headers}{closing_header}\r\n"
+    return head.encode() + body
+
+
+def chunked(body):
+    return b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
+
+
+BODY = json.dumps(launch()).encode()
+LENGTH = f"Content-Length: {len(BODY)}\r\n"
+LARGE = json.dumps(launch(pad="x" * 66_000)).encode()
+
+
+@pytest.mark.parametrize(
+    ("data", "statuses"),
+    [
+        (http(BODY, LENGTH), [202]),
+        (http(BODY, LENGTH, "1.0"), [202]),
+        (http(chunked(BODY), "Transfer-Encoding: chunked\r\n"), [202]),
+        (http(BODY, LENGTH, close=False) + http(BODY, LENGTH), [202, 202]),
+        (http(BODY, LENGTH + "Expect: 100-continue\r\n"), [100, 202]),
+        (http(LARGE, f"Content-Length: {len(LARGE)}\r\n"), [413]),
+        (http(chunked(LARGE), "Transfer-Encoding: chunked\r\n"), [413]),
+        (http(b"", "Content-Length: 99999999999\r\n"), [413]),
+        (http(BODY, f"Content-Length: {len(BODY) - 5}\r\n"), [400]),
+        (http(BODY, "Content-Length: -1\r\n"), [400]),
+        (http(BODY, "Content-Length: 7\r\n" + LENGTH), [400]),
+        (http(b"zz\r\n" + BODY, "Transfer-Encoding: chunked\r\n"), [400]),
+        (http(BODY, LENGTH + "Transfer-Encoding: gzip\r\n"), [501]),
+        (http(BODY, "Padding: " + "x" * 300_000 + "\r\n" + LENGTH), [431]),
+        (b"nonsense\r\n\r\n", [400]),
+    ],
+)
+def test_every_way_to_frame_a_request_gets_its_answer_and_the_next_client_too(file, data, statuses):
+    with Process(file) as process:
+        received = exchange(process, data)
+        assert [int(status) for status in re.findall(rb"HTTP/1\.[01] (\d{3})", received)] == statuses
+        if data[-70_000:] == LARGE[-70_000:]:
+            assert b"application/problem+json" in received
+        assert process.request("/health")[0] == 200
+
+
+def test_a_request_in_the_body_of_another_is_not_served(file):
+    smuggled = http(json.dumps(launch(2)).encode(), LENGTH)
+    both = http(chunked(BODY) + smuggled, f"Content-Length: {len(chunked(BODY) + smuggled)}\r\nTransfer-Encoding: chunked\r\n")
+    with Process(file) as process:
+        exchange(process, both)
+        assert process.request("/health")[1]["messages"] <= 1
+
+
+def test_a_burst_over_many_connections_is_answered_without_a_5xx(file):
+    with Process(file) as process:
+        numbers = iter(range(1, 1001))
+        statuses = Counter()
+
+        def deliver():
+            for number in numbers:
+                statuses[process.request("/messages", faster(number, 1), timeout=30)[0]] += 1
+
+        threads = [threading.Thread(target=deliver) for _ in range(100)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert statuses == {202: 1000}
+        assert process.request("/health")[1]["messages"] == 1000
+
+
+def test_no_mutation_of_a_message_or_a_query_is_a_5xx_or_counts_unaccepted(app, caplog, capfd):
+    rng = random.Random(4)
+    odd = [None, True, -1, 0, 1.0, 2**53, 10**30, 1e308, "", "\0", "\ud800", "x" * 300, "'; DROP TABLE rockets; --", [], {}]
+    odd += [[[[]]], {"a": {"b": 1}}, "2022-02-30T00:00:00Z", "RocketExploded", CHANNEL, float("nan"), "\u2028\x9b"]
+    kinds = [launch, lambda n, **k: faster(n, 7, **k), lambda n, **k: renamed(n, "M", **k), lambda n, **k: exploded(n, **k)]
+    accepted = {}
+    channels = [str(uuid.UUID(int=n)) for n in range(1, 4)]
+    for _ in range(4000):
+        body = rng.choice(kinds)(rng.randint(1, 50), channel=rng.choice(channels))
+        for _ in range(rng.randint(0, 2)):
+            holder = rng.choice([body, body.get("metadata"), body.get("message")])
+            if isinstance(holder, dict) and holder:
+                holder[rng.choice([*holder, "extra"])] = rng.choice(odd)
+        text = bytearray(json.dumps(body).encode())
+        for _ in range(rng.choice([0, 0, 0, 1, 3])):
+            place = rng.randrange(len(text))
+            text[place : place + rng.randint(0, 3)] = bytes(rng.choices(b'{}[]",:0123456789eE.-\\ux\0\xff ', k=rng.randint(0, 3)))
+        answer = app.post("/messages", bytes(text), expect_errors=True)
+        assert answer.status_code in (202, 400)
+        if answer.status_code == 400:
+            assert answer.content_type == "application/problem+json" and answer.json["detail"]
+        elif answer.json["status"] == "applied":
+            taken = json.loads(text)
+            channel = str(uuid.UUID(taken["metadata"]["channel"]))
+            accepted.setdefault(channel, []).append({**taken, "metadata": taken["metadata"] | {"channel": channel}})
+    assert len(accepted) >= 3
+    values = ["", "asc", "speed", "-1", "1", "9" * 30, "%00", "%ff", "%", "'", "x" * 5000, "%f0%9f%9a%80", "1;SELECT 1", "a&b=c"]
+    names = ["sort", "order", "status", "type", "mission", "limit", "offset", "after", "%00", "", "x"]
+    for _ in range(1500):
+        path = rng.choice(["/rockets", f"/rockets/{channels[0]}/messages", "/health", "/rockets/%00", "/rockets/%ff"])
+        query = "&".join(f"{rng.choice(names)}={rng.choice(values)}" for _ in range(rng.randint(0, 3)))
+        answer = app.get(f"{path}?{query}", expect_errors=True)
+        assert answer.status_code in (200, 400, 404)
+        if answer.status_code != 200:
+            assert answer.content_type == "application/problem+json"
+    assert app.get("/rockets").json["rockets"] == [fold(accepted[channel]) for channel in sorted(accepted)]
+    assert "Traceback" not in caplog.text + "".join(capfd.readouterr())
