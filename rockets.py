@@ -376,7 +376,7 @@ class Store:
             inspect(path)
             self.anchor = connect(path, "rwc")  # never lent; while it is open, no other has to make the files of the log
             self.anchor.executescript(f"BEGIN IMMEDIATE; {RESET if reset else ''} {SCHEMA} COMMIT;")
-            self.file = os.stat(path)
+            self.files = {name: os.stat(name) for name in (path, f"{path}-wal")}
         except (sqlite3.Error, OSError) as error:
             raise OSError(f"cannot use {path} as the database: {error}") from error
 
@@ -400,10 +400,11 @@ class Store:
         self.idle.append(connection)
 
     def verify(self) -> None:
-        """Raise OSError unless the path leads to the file that was opened. What is written to a deleted file is lost,
-        and SQLite would fold the log of one file into another that has taken its name."""
-        if not os.path.samestat(os.stat(self.path), self.file):
-            raise OSError("another file has its name")
+        """Raise OSError unless the files are those that were opened. What is written to a deleted file is lost, and
+        SQLite would fold the log of one file into another that has taken its name."""
+        for name, opened in self.files.items():
+            if not os.path.samestat(os.stat(name), opened):
+                raise OSError(f"another file has the name {name}")
 
     def read(self, sql: str, **parameters: Any) -> bytes | None:
         """Return the one value that a query yields, or None. Raise HTTPError(503)."""

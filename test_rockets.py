@@ -863,17 +863,19 @@ def test_a_message_that_does_not_fit_fails_no_other_of_its_batch(file):
     assert [row[1] for row in dump(file)[1]] == [1, 3]
 
 
+@pytest.mark.parametrize("suffix", ["", "-wal"])
 @pytest.mark.parametrize("way", ["moved", "replaced"])
-def test_a_database_that_is_gone_is_a_503_until_it_is_back(file, way):
+def test_a_database_that_is_gone_is_a_503_until_it_is_back(file, way, suffix):
     with Process(file) as process:
         process.request("/messages", launch(1))
-        aside = file.with_name("aside.db")
-        file.rename(aside)
+        moved = Path(f"{file}{suffix}")
+        aside = file.with_name("aside")
+        moved.rename(aside)
         if way == "replaced":
-            file.write_bytes(aside.read_bytes())
+            moved.write_bytes(aside.read_bytes())
         assert process.request("/messages", faster(2, 5))[0] == 503
         assert [process.request(path)[0] for path in ("/rockets", f"/rockets/{CHANNEL}", "/health")] == [503] * 3
-        aside.rename(file)
+        aside.rename(moved)
         assert process.request("/messages", faster(2, 5))[0] == 202
         assert process.request(f"/rockets/{CHANNEL}") == (200, fold([launch(1), faster(2, 5)]))
 
