@@ -694,7 +694,7 @@ def main() -> None:
         sockets = listen(args.host, args.port)
         store = Store(args.database, max(1, args.threads - SPARE_THREADS), args.reset)
         found = json.loads(store.read(HEALTH))
-    except OSError as error:
+    except (OSError, OverflowError) as error:  # bind() takes no port above 65,535
         sys.exit(f"rockets: {error}")
     app = create_app(store)
     if args.verbose:

@@ -176,9 +176,10 @@ def test_every_permutation_of_a_life_delivered_twice_ends_the_same(app):
         [launch(1), exploded(3, "THREE"), exploded(2, "TWO"), slower(4, 700)],
         [launch(2), exploded(4), faster(7, 3000), renamed(9, "AFTER")],
         [faster(3, 1), slower(8, 9), renamed(5, "NO_LAUNCH"), exploded(40)],
+        [launch(2, at="2022-02-09T00:00:00Z"), launch(3, at="2022-02-08T00:00:00Z"), faster(4, 1, at="2022-02-07T00:00:00Z")],
         [launch(2**53 - 1, launchSpeed=2**31 - 1), faster(1, 2**31 - 1), slower(2, 0), exploded(2**53 - 2)],
     ],
-    ids=["two launches", "two explosions", "after an explosion", "no launch, gaps", "limits"],
+    ids=["two launches", "two explosions", "after an explosion", "no launch, gaps", "times that run backwards", "limits"],
 )
 def test_odd_sets_mean_the_same_in_every_order(app, odd):
     for order in itertools.permutations(odd):
@@ -406,6 +407,27 @@ def test_rockets_sort_by_every_key_in_both_orders_ties_by_channel_and_null_last(
         answer = app.get(f"/rockets?sort={sort}&order={order}").json
         assert [rocket["channel"] for rocket in answer.pop("rockets")] == [channels[n - 1] for n in expected]
         assert answer == {"count": 5, "total": 5, "sortBy": sort, "order": order}
+
+
+@pytest.mark.parametrize("sort", ["launchedAt", "updatedAt"])
+def test_times_sort_by_the_message_they_are_from_whenever_it_came(app, sort):
+    one, two = str(uuid.UUID(int=1)), str(uuid.UUID(int=2))
+    post(app, launch(5, channel=one, at="2022-02-05T00:00:00Z"))
+    post(app, launch(3, channel=one, at="2022-02-03T00:00:00Z"))
+    post(app, launch(4, channel=one, at="2022-02-09T00:00:00Z"))
+    post(app, launch(1, channel=two, at="2022-02-04T00:00:00Z"))
+    expected = [one, two] if sort == "launchedAt" else [two, one]
+    assert [rocket["channel"] for rocket in app.get(f"/rockets?sort={sort}").json["rockets"]] == expected
+
+
+def test_spellings_of_one_instant_tie(app):
+    channels = [str(uuid.UUID(int=n)) for n in range(1, 5)]
+    times = ["2022-02-02T12:00:00.500Z", "2022-02-02T13:00:00.5+01:00", "2022-02-02t06:00:00.50-06:00"]
+    for channel, at in zip(channels, [*times, "2022-02-02T12:00:00Z"], strict=True):
+        post(app, launch(channel=channel, at=at))
+    for order, expected in (("asc", [4, 1, 2, 3]), ("desc", [1, 2, 3, 4])):
+        found = app.get(f"/rockets?sort=launchedAt&order={order}").json["rockets"]
+        assert [rocket["channel"] for rocket in found] == [channels[n - 1] for n in expected]
 
 
 def test_rockets_come_by_channel_upwards_unless_asked_otherwise(app):
@@ -725,6 +747,11 @@ def test_a_port_that_is_taken_is_one_line_and_leaves_the_database_alone(file, tm
         code, said = start_in_vain(file, "--port", port, "--reset")
         assert (code, said) == (1, f"rockets: cannot listen on 127.0.0.1 port {port}: Address already in use\n")
         assert process.request(f"/rockets/{CHANNEL}")[0] == 200
+
+
+def test_a_port_that_cannot_be_is_one_line(file):
+    code, said = start_in_vain(file, "--port", "99999")
+    assert (code, said.count("\n")) == (1, 1) and "65535" in said
 
 
 def a_text_file(file):
