@@ -374,7 +374,7 @@ class Store:
         self.commits = 0
         try:
             inspect(path)
-            self.anchor = connect(path, "rwc")  # never lent; while it is open, no other has to make the files of the log
+            self.anchor = connect(path, "rwc")  # never lent; while it is open, the files of the log stay
             self.anchor.executescript(f"BEGIN IMMEDIATE; {RESET if reset else ''} {SCHEMA} COMMIT;")
             self.files = {name: os.stat(name) for name in (path, f"{path}-wal")}
         except (sqlite3.Error, OSError) as error:

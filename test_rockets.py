@@ -1,5 +1,6 @@
 """The rules of the service, each as a test: over HTTP, on a real database file; the last part on a real process."""
 
+import copy
 import itertools
 import json
 import logging
@@ -176,10 +177,21 @@ def test_every_permutation_of_a_life_delivered_twice_ends_the_same(app):
         [launch(1), exploded(3, "THREE"), exploded(2, "TWO"), slower(4, 700)],
         [launch(2), exploded(4), faster(7, 3000), renamed(9, "AFTER")],
         [faster(3, 1), slower(8, 9), renamed(5, "NO_LAUNCH"), exploded(40)],
-        [launch(2, at="2022-02-09T00:00:00Z"), launch(3, at="2022-02-08T00:00:00Z"), faster(4, 1, at="2022-02-07T00:00:00Z")],
+        [
+            launch(2, at="2022-02-09T00:00:00Z"),
+            launch(3, at="2022-02-08T00:00:00Z"),
+            faster(4, 1, at="2022-02-07T00:00:00Z"),
+        ],
         [launch(2**53 - 1, launchSpeed=2**31 - 1), faster(1, 2**31 - 1), slower(2, 0), exploded(2**53 - 2)],
     ],
-    ids=["two launches", "two explosions", "after an explosion", "no launch, gaps", "times that run backwards", "limits"],
+    ids=[
+        "two launches",
+        "two explosions",
+        "after an explosion",
+        "no launch, gaps",
+        "times that run backwards",
+        "limits",
+    ],
 )
 def test_odd_sets_mean_the_same_in_every_order(app, odd):
     for order in itertools.permutations(odd):
@@ -515,6 +527,7 @@ def test_history_is_what_was_posted_in_the_order_of_numbers(app):
 
 
 def test_history_has_1000_messages_unless_asked_otherwise(app):
+    assert API["components"]["parameters"]["historyLimit"]["schema"]["default"] == 1000
     for number in range(1, 1003):
         post(app, faster(number, 1))
     assert app.get(f"/rockets/{CHANNEL}/messages").json["count"] == 1000
@@ -606,6 +619,195 @@ def test_the_same_message_on_many_connections_at_once_is_applied_once(file):
     post(TestApp(app), launch(51))
     assert get(TestApp(app))["speed"] == 550
     store.close()
+
+
+# The description of the API ###########################################################################################
+
+API = json.loads((rockets.STATIC / "openapi.json").read_text())
+SCHEMAS, EXAMPLES = API["components"]["schemas"], API["components"]["examples"]
+TYPES = {"string": str, "integer": int, "object": dict, "array": list, "null": type(None)}
+NO_UUIDS = [CHANNEL[1:], f"{CHANNEL}0", f"{{{CHANNEL}", f"{CHANNEL}}}", CHANNEL.replace("-", "", 1), f"uuid:{CHANNEL}"]
+
+
+def resolved(part):
+    """Return a part of the description; if it is a reference, what that names, with what stands beside it."""
+    while "$ref" in part:
+        found, part = API, dict(part)
+        for step in part.pop("$ref").split("/")[1:]:
+            found = found[step]
+        part = found | part
+    return part
+
+
+def faults(value, schema, where="body"):
+    """Return, in words, where a value differs from a schema. A key that the schema doesn't name is a fault, too."""
+    schema = resolved(schema)
+    assert schema.keys() & {"type", "const", "oneOf"}, f"{where} may be anything"
+    types = [schema["type"]] if isinstance(schema.get("type"), str) else schema.get("type", [])
+    if types and type(value) not in [TYPES[name] for name in types]:
+        return [f"{where} is {value!r}, which is no {' or '.join(types)}"]
+    found = []
+    if value not in schema.get("enum", [value]) or value != schema.get("const", value):
+        found.append(f"{where} is {value!r}, which is not among the choices")
+    if "pattern" in schema and not re.search(schema["pattern"], value):
+        found.append(f"{where} is {value!r}, which does not match the pattern")
+    if "oneOf" in schema and [faults(value, choice) for choice in schema["oneOf"]].count([]) != 1:
+        found.append(f"{where} is {value!r}, which is not one of the alternatives")
+    if "properties" in schema:
+        if not set(schema["required"]) <= set(value) <= set(schema["properties"]):
+            found.append(f"{where} has the keys {sorted(value)}")
+        for key in set(value) & set(schema["properties"]):
+            found += faults(value[key], schema["properties"][key], f"{where}.{key}")
+    for place, item in enumerate(value if "items" in schema else []):
+        found += faults(item, schema["items"], f"{where}[{place}]")
+    return found
+
+
+def edges(schema):
+    """Return values at the limits of a schema, and values just beyond them."""
+    schema = resolved(schema)
+    if "const" in schema or "enum" in schema:
+        return schema.get("enum") or [schema["const"]], ["RocketLost", ""]
+    if schema["type"] == "integer":
+        return [schema["minimum"], schema["maximum"]], [schema["minimum"] - 1, schema["maximum"] + 1]
+    if schema.get("format") == "date-time":
+        times = [f"2022-02-02T19:39:05.{'9' * (schema['maxLength'] - 21 + more)}Z" for more in (0, 1)]
+        return times[:1], times[1:]
+    if "maxLength" in schema:
+        low, high = schema["minLength"], schema["maxLength"]
+        return ["é" * low, "é" * high], ["é" * (low - 1), "é" * (high + 1), "\0"]
+    spelled = [*SPELLINGS, *NO_UUIDS] if "pattern" in schema else []
+    valid = [text for text in spelled if re.search(schema["pattern"], text)]
+    return valid, [text for text in spelled if text not in valid]
+
+
+def test_the_description_names_every_route_and_no_other(app):
+    assert app.get("/openapi.json").json == API
+    routes = {(re.sub("<(.*?)>", r"{\1}", route.rule), route.method.lower()) for route in app.app.routes}
+    assert {(path, method) for path, methods in API["paths"].items() for method in methods} == routes
+    for path, methods in API["paths"].items():
+        parameters = [resolved(each) for each in methods.get("get", {}).get("parameters", [])]
+        assert [each["name"] for each in parameters if each["in"] == "path"] == re.findall("{(.*?)}", path)
+        assert [each["name"] for each in parameters if each["in"] == "header"] == ["If-None-Match"] * ("get" in methods)
+
+
+def test_the_described_choices_are_those_of_the_code():
+    assert API["info"]["version"] == rockets.VERSION
+    assert SCHEMAS["SortKey"]["enum"] == list(rockets.SORT_KEYS)
+    assert SCHEMAS["Order"]["enum"] == list(rockets.ORDERS)
+    assert SCHEMAS["Status"]["enum"] == list(rockets.STATUSES)
+    kinds = [resolved(each)["properties"]["metadata"] for each in SCHEMAS["Message"]["oneOf"]]
+    assert [kind["properties"]["messageType"]["const"] for kind in kinds] == list(rockets.MESSAGE_TYPES)
+
+
+@pytest.mark.parametrize("kind", rockets.MESSAGE_TYPES)
+def test_a_message_may_have_what_the_description_says_and_no_more(app, kind):
+    for part, rules in {"metadata": rockets.METADATA, "message": rockets.MESSAGE_TYPES[kind]}.items():
+        described = SCHEMAS[kind]["properties"][part]
+        assert set(described["required"]) == set(described["properties"]) == set(rules)
+        for field, schema in described["properties"].items():
+            valid, invalid = edges(schema)
+            assert valid and invalid
+            body = copy.deepcopy(EXAMPLES[kind]["value"])
+            for value in valid + invalid:
+                body[part][field] = value
+                post(app, body, status=202 if value in valid else 400)
+            del body[part][field]
+            post(app, body, status=400)
+
+
+@pytest.mark.parametrize(
+    ("path", "rules"), [("/rockets", rockets.LIST_QUERY), ("/rockets/{channel}/messages", rockets.HISTORY_QUERY)]
+)
+def test_a_query_may_have_what_the_description_says_and_no_more(app, path, rules):
+    post(app, launch())
+    post(app, faster(1, 5, channel=CHANNEL.replace("1", "2")))
+    parameters = [resolved(each) for each in API["paths"][path]["get"]["parameters"]]
+    query = {each["name"]: each["schema"] for each in parameters if each["in"] == "query"}
+    assert set(query) == set(rules)
+    path = path.format(channel=CHANNEL)
+    for name, schema in query.items():
+        valid, invalid = edges(schema)
+        for value in valid + invalid:
+            app.get(path, {name: value}, status=200 if value in valid else 400)
+        if "default" in resolved(schema):
+            assert app.get(path, {name: resolved(schema)["default"]}).json == app.get(path).json
+
+
+@pytest.mark.parametrize("spelling", [*SPELLINGS, *NO_UUIDS])
+def test_a_channel_may_be_asked_for_as_the_description_says(app, spelling):
+    post(app, launch())
+    valid = re.search(SCHEMAS["AnyChannel"]["pattern"], spelling)
+    for path in ("/rockets/{channel}", "/rockets/{channel}/messages"):
+        app.get(path.format(channel=spelling), status=200 if valid else 400)
+
+
+def test_the_examples_of_the_description_are_true(app):
+    body = API["paths"]["/messages"]["post"]["requestBody"]["content"]["application/json"]
+    for example in body["examples"].values():
+        assert faults(resolved(example)["value"], body["schema"]) == []
+        post(app, resolved(example)["value"], status=202)
+    for path, query in {
+        "/rockets": "?sort=speed&order=desc",
+        "/rockets/{channel}": "",
+        "/rockets/{channel}/messages": "?limit=1",
+        "/health": "",
+    }.items():
+        answer = app.get(path.format(channel=CHANNEL) + query)
+        examples = API["paths"][path]["get"]["responses"]["200"]["content"][answer.content_type]["examples"]
+        assert [resolved(each)["value"] for each in examples.values()] == [answer.json]
+
+
+def test_every_answer_is_as_described(app, file):
+    everything = {
+        (path, method, int(status))
+        for path, methods in API["paths"].items()
+        for method, operation in methods.items()
+        for status in operation["responses"]
+    }
+    seen = set()
+
+    def ask(path, status, method="get", channel=CHANNEL, query="", **options):
+        answer = app.request(path.format(channel=channel) + query, method=method.upper(), status=status, **options)
+        described = resolved(API["paths"][path][method]["responses"][str(status)])
+        for media, content in described.get("content", {"": {"schema": {"const": ""}}}).items():
+            assert (answer.content_type or "") == media
+            assert faults(answer.json if media.endswith("json") else answer.text, content["schema"]) == []
+        headers = {name.lower(): resolved(header)["schema"] for name, header in described.get("headers", {}).items()}
+        assert {name.lower() for name in answer.headers} & {"etag", "retry-after"} == set(headers)
+        for name, schema in headers.items():
+            value = answer.headers[name]
+            assert faults(int(value) if schema["type"] == "integer" else value, schema, name) == []
+        if status >= 400:
+            assert answer.json["status"] == status
+        seen.add((path, method, status))
+        return answer
+
+    messages = [EXAMPLES[kind]["value"] for kind in rockets.MESSAGE_TYPES] * 2
+    bodies = [json.dumps(each).encode() for each in [*messages, faster(1, 5, channel=CHANNEL.replace("1", "2"))]]
+    said = [ask("/messages", 202, "post", body=body).json["status"] for body in bodies]
+    assert set(said) == set(SCHEMAS["Receipt"]["properties"]["status"]["enum"])
+    ask("/messages", 400, "post", body=b"")
+    ask("/messages", 403, "post", body=bodies[0], headers={"Sec-Fetch-Site": "cross-site"})
+    ask("/messages", 413, "post", body=bodies[0].ljust(rockets.MAX_BODY + 1))
+    for path in [path for path in API["paths"] if path != "/messages"]:
+        tag = ask(path, 200).headers["ETag"]
+        ask(path, 304, headers={"If-None-Match": tag})
+    ask("/rockets/{channel}", 200, channel=CHANNEL.replace("1", "2"))
+    ask("/rockets", 400, query="?sort=age")
+    for path in ("/rockets/{channel}", "/rockets/{channel}/messages"):
+        ask(path, 400, channel="Apollo")
+        ask(path, 404, channel=CHANNEL.replace("1", "3"))
+    for path, methods in API["paths"].items():
+        answer = app.request(path.format(channel=CHANNEL), method="PUT", status=405)
+        assert faults(answer.json, SCHEMAS["Problem"]) == []
+        assert set(answer.headers["Allow"].lower().split(",")) - {"head"} == set(methods)
+    assert faults(app.get("/nowhere", status=404).json, SCHEMAS["Problem"]) == []
+    file.unlink()
+    for path, method, status in everything:
+        if status == 503:
+            ask(path, status, method, **({"body": bodies[0]} if method == "post" else {}))
+    assert seen == everything
 
 
 # The process ##########################################################################################################
@@ -1008,7 +1210,9 @@ def test_every_way_to_frame_a_request_gets_its_answer_and_the_next_client_too(fi
 
 def test_a_request_in_the_body_of_another_is_not_served(file):
     smuggled = http(json.dumps(launch(2)).encode(), LENGTH)
-    both = http(chunked(BODY) + smuggled, f"Content-Length: {len(chunked(BODY) + smuggled)}\r\nTransfer-Encoding: chunked\r\n")
+    both = http(
+        chunked(BODY) + smuggled, f"Content-Length: {len(chunked(BODY) + smuggled)}\r\nTransfer-Encoding: chunked\r\n"
+    )
     with Process(file) as process:
         exchange(process, both)
         assert process.request("/health")[1]["messages"] <= 1
@@ -1034,9 +1238,30 @@ def test_a_burst_over_many_connections_is_answered_without_a_5xx(file):
 
 def test_no_mutation_of_a_message_or_a_query_is_a_5xx_or_counts_unaccepted(app, caplog, capfd):
     rng = random.Random(4)
-    odd = [None, True, -1, 0, 1.0, 2**53, 10**30, 1e308, "", "\0", "\ud800", "x" * 300, "'; DROP TABLE rockets; --", [], {}]
+    odd = [
+        None,
+        True,
+        -1,
+        0,
+        1.0,
+        2**53,
+        10**30,
+        1e308,
+        "",
+        "\0",
+        "\ud800",
+        "x" * 300,
+        "'; DROP TABLE rockets; --",
+        [],
+        {},
+    ]
     odd += [[[[]]], {"a": {"b": 1}}, "2022-02-30T00:00:00Z", "RocketExploded", CHANNEL, float("nan"), "\u2028\x9b"]
-    kinds = [launch, lambda n, **k: faster(n, 7, **k), lambda n, **k: renamed(n, "M", **k), lambda n, **k: exploded(n, **k)]
+    kinds = [
+        launch,
+        lambda n, **k: faster(n, 7, **k),
+        lambda n, **k: renamed(n, "M", **k),
+        lambda n, **k: exploded(n, **k),
+    ]
     accepted = {}
     channels = [str(uuid.UUID(int=n)) for n in range(1, 4)]
     for _ in range(4000):
@@ -1048,7 +1273,9 @@ def test_no_mutation_of_a_message_or_a_query_is_a_5xx_or_counts_unaccepted(app, 
         text = bytearray(json.dumps(body).encode())
         for _ in range(rng.choice([0, 0, 0, 1, 3])):
             place = rng.randrange(len(text))
-            text[place : place + rng.randint(0, 3)] = bytes(rng.choices(b'{}[]",:0123456789eE.-\\ux\0\xff ', k=rng.randint(0, 3)))
+            text[place : place + rng.randint(0, 3)] = bytes(
+                rng.choices(b'{}[]",:0123456789eE.-\\ux\0\xff ', k=rng.randint(0, 3))
+            )
         answer = app.post("/messages", bytes(text), expect_errors=True)
         assert answer.status_code in (202, 400)
         if answer.status_code == 400:
@@ -1058,7 +1285,22 @@ def test_no_mutation_of_a_message_or_a_query_is_a_5xx_or_counts_unaccepted(app, 
             channel = str(uuid.UUID(taken["metadata"]["channel"]))
             accepted.setdefault(channel, []).append({**taken, "metadata": taken["metadata"] | {"channel": channel}})
     assert len(accepted) >= 3
-    values = ["", "asc", "speed", "-1", "1", "9" * 30, "%00", "%ff", "%", "'", "x" * 5000, "%f0%9f%9a%80", "1;SELECT 1", "a&b=c"]
+    values = [
+        "",
+        "asc",
+        "speed",
+        "-1",
+        "1",
+        "9" * 30,
+        "%00",
+        "%ff",
+        "%",
+        "'",
+        "x" * 5000,
+        "%f0%9f%9a%80",
+        "1;SELECT 1",
+        "a&b=c",
+    ]
     names = ["sort", "order", "status", "type", "mission", "limit", "offset", "after", "%00", "", "x"]
     for _ in range(1500):
         path = rng.choice(["/rockets", f"/rockets/{channels[0]}/messages", "/health", "/rockets/%00", "/rockets/%ff"])
