@@ -622,7 +622,7 @@ def create_app(store: Store) -> Bottle:
         inline = re.findall(rb"(?s)<(?:script|style)>(.*?)</", page)
         hashes = " ".join(f"'sha256-{b64encode(hashlib.sha256(code).digest()).decode()}'" for code in inline)
         policy = f"default-src 'none'; script-src {hashes}; style-src {hashes}; connect-src 'self'; img-src data:; "
-        policy += "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        policy += "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'"
         return answer(page, "text/html; charset=utf-8", **{"Content-Security-Policy": policy})
 
     return app

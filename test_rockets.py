@@ -1,6 +1,8 @@
 """The rules of the service, each as a test: over HTTP, on a real database file; the last part on a real process."""
 
+import base64
 import copy
+import hashlib
 import itertools
 import json
 import logging
@@ -619,6 +621,68 @@ def test_the_same_message_on_many_connections_at_once_is_applied_once(file):
     post(TestApp(app), launch(51))
     assert get(TestApp(app))["speed"] == 550
     store.close()
+
+
+# The dashboard and the metrics ########################################################################################
+
+
+def test_the_dashboard_may_run_its_own_script_and_load_nothing_from_elsewhere(app):
+    answer = app.get("/", status=200)
+    assert answer.content_type == "text/html"
+    policy = dict(part.strip().split(" ", 1) for part in answer.headers["Content-Security-Policy"].split(";"))
+    for tag in ("script", "style"):
+        (inside,) = re.findall(f"<{tag}>(.*)</{tag}>", answer.text, re.DOTALL)
+        digest = base64.b64encode(hashlib.sha256(inside.encode()).digest()).decode()
+        assert f"'sha256-{digest}'" in policy[f"{tag}-src"]
+    assert "unsafe" not in str(policy)
+    assert (policy["default-src"], policy["connect-src"], policy["frame-ancestors"]) == ("'none'", "'self'", "'none'")
+    assert not re.search(r"""(src|href)=["']?(https?:)?//|\son\w+=|innerHTML|style=["']""", answer.text)
+
+
+def read_metrics(app):
+    lines = app.get("/metrics").text.splitlines()
+    return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines if line[0] != "#")}
+
+
+def test_metrics_count_what_became_of_every_message(app, file):
+    post(app, launch(1))
+    post(app, launch(1))
+    post(app, launch(1, mission="OTHER"))
+    post(app, exploded(5))
+    post(app, "{}", status=400)
+    post(app, launch(channel=str(uuid.UUID(int=1))), headers={"Sec-Fetch-Site": "cross-site"}, status=403)
+    post(app, faster(1, 1, channel=str(uuid.UUID(int=2))))
+    aside = file.rename(file.with_name("aside"))
+    post(app, faster(2, 1), status=503)
+    aside.rename(file)
+    metrics = read_metrics(app)
+    assert {
+        name: value for name, value in metrics.items() if name.startswith(("rockets_m", "rockets_f", "rockets_c"))
+    } == {
+        'rockets_messages_total{outcome="applied"}': 3,
+        'rockets_messages_total{outcome="duplicate"}': 1,
+        'rockets_messages_total{outcome="conflicting"}': 1,
+        'rockets_messages_total{outcome="rejected"}': 2,
+        'rockets_messages_total{outcome="failed"}': 1,
+        "rockets_commits_total": 5,
+        'rockets_fleet{status="active"}': 0,
+        'rockets_fleet{status="awaiting_launch"}': 1,
+        'rockets_fleet{status="exploded"}': 1,
+        "rockets_missing_messages": 3,
+    }
+    assert metrics[f'rockets_build_info{{version="{rockets.VERSION}"}}'] == 1
+    assert 0 <= time.time() - metrics["process_start_time_seconds"] < 60
+
+
+def test_metrics_sort_post_durations_into_buckets(app):
+    for number in range(1, 8):
+        post(app, faster(number, 1))
+    metrics = read_metrics(app)
+    buckets = [value for name, value in metrics.items() if name.startswith("rockets_post_duration_seconds_bucket")]
+    assert buckets == sorted(buckets)
+    assert buckets[-1] == metrics['rockets_post_duration_seconds_bucket{le="+Inf"}'] == 7
+    assert metrics["rockets_post_duration_seconds_count"] == 7
+    assert 0 < metrics["rockets_post_duration_seconds_sum"] < 60
 
 
 # The description of the API ###########################################################################################
