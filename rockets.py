@@ -38,7 +38,7 @@ from typing import Any
 from urllib.parse import parse_qsl
 
 import waitress
-from bottle import HTTP_CODES, Bottle, HTTPError, HTTPResponse, request, response
+from bottle import HTTP_CODES, Bottle, HTTPError, request, response
 from waitress import wasyncore
 
 VERSION = "1.0.0"
@@ -304,7 +304,7 @@ encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", 
 def parse_message(body: bytes) -> Message:
     """Turn the body of a POST into a valid message. Raise HTTPError(400), which names the field and its rule."""
     if body.count(b"{") + body.count(b"[") > MAX_BRACKETS:
-        raise HTTPError(400, f"the body must hold at most {MAX_BRACKETS} objects and arrays, nested or not")
+        raise HTTPError(400, f"the body must hold at most {MAX_BRACKETS} opening brackets of objects and arrays")
     try:
         envelope = decode(body.decode())
     except ValueError as error:
@@ -324,21 +324,24 @@ def parse_message(body: bytes) -> Message:
 # Storage ##############################################################################################################
 
 
-def connect(path: str, mode: str) -> sqlite3.Connection:
+def connect(path: str, mode: str, patience: int = LOCK_PATIENCE) -> sqlite3.Connection:
     """Open a connection; mode is SQLite's 'ro', 'rw' or, to create the file, 'rwc' (sqlite.org/uri.html)."""
     uri = f"{Path(path).absolute().as_uri()}?mode={mode}"
-    connection = sqlite3.connect(uri, LOCK_PATIENCE, isolation_level=None, check_same_thread=False, uri=True)
+    connection = sqlite3.connect(uri, patience, isolation_level=None, check_same_thread=False, uri=True)
     connection.text_factory = bytes  # the JSON that SQLite builds goes out as it is
     if not mode.startswith("ro"):
         connection.execute("PRAGMA journal_mode = WAL")  # reading never waits for writing
         connection.execute("PRAGMA synchronous = FULL")  # COMMIT returns with the disk's word; NORMAL may lose the last
+        connection.execute(f"PRAGMA busy_timeout = {LOCK_PATIENCE * 1000}")
     return connection
 
 
 def inspect(path: str) -> None:
     """Raise OSError, and change nothing, if the file holds anything but a whole database of this version."""
     sizes = [os.path.getsize(name) if os.path.exists(name) else 0 for name in (path, f"{path}-wal")]
-    if sizes[0] > 0:
+    if sizes[1] and not sizes[0]:
+        raise OSError("it is gone, but its write-ahead log is there")  # which SQLite would delete
+    if sizes[0]:
         with open(path, "rb") as file:
             if file.read(16) != b"SQLite format 3\0":
                 raise OSError("it is no SQLite database")
@@ -369,7 +372,6 @@ class Store:
         self.waiting: deque[Message] = deque()  # for the next commit
         self.idle: list[sqlite3.Connection] = []
         self.patience = PLACE_PATIENCE
-        self.stuck = False  # whether the last transaction could not even begin
         self.trouble: tuple[float, Exception] | None = None  # when and why the last commit failed, if it did
         self.commits = 0
         try:
@@ -385,11 +387,11 @@ class Store:
         """Lend a connection to one thread, and close it, which rolls back, if it fails. Raise HTTPError(503)."""
         connection = None
         try:
-            self.verify()
             try:
                 connection = self.idle.pop()
             except IndexError:
-                connection = connect(self.path, "rw")
+                self.verify()
+                connection = connect(self.path, "rw", 0 if self.trouble else LOCK_PATIENCE)
             yield connection
             self.verify()
         except (sqlite3.Error, OSError) as error:
@@ -426,7 +428,7 @@ class Store:
         finally:
             self.places.release()
         if isinstance(message.outcome, Exception):
-            raise message.outcome
+            raise message.outcome.with_traceback(None)
 
     def commit(self, batch: list[Message]) -> None:
         """Give each message of a batch its outcome: all together or, lest one's failure fail another, each alone."""
@@ -437,7 +439,7 @@ class Store:
             self.trouble = (time.monotonic(), error)
             for message in batch:
                 message.outcome = error
-                if len(batch) > 1 and not self.stuck:
+                if len(batch) > 1:
                     self.commit([message])
 
     def write(self, batch: list[Message]) -> None:
@@ -448,8 +450,10 @@ class Store:
         arrived = {"batch": f"[{','.join([message.row for message in unique.values()])}]"}
         with self.lend() as connection:
             self.begin(connection)
-            known = connection.execute(KNOWN, arrived).fetchall()
+            before = connection.total_changes
             connection.execute(UPSERT, arrived)
+            all_new = connection.total_changes - before == len(unique)
+            known = [] if all_new else connection.execute(KNOWN, arrived).fetchall()
             connection.execute(LOG, arrived)
             connection.execute("COMMIT")
         self.commits += 1
@@ -461,13 +465,13 @@ class Store:
             message.outcome = "applied" if that is this else "duplicate" if that == this else "conflicting"
 
     def begin(self, connection: sqlite3.Connection) -> None:
-        """Begin to write. Another process's lock is waited for once; until it is gone, other messages fail at once."""
-        was_stuck, self.stuck = self.stuck, True
-        if was_stuck:
+        """Begin to write. Another process's lock is waited for once. Until a commit succeeds again, messages fail at
+        once, as every thread that waits is one that serves no GET."""
+        if not self.trouble:
+            connection.execute("BEGIN IMMEDIATE")
+        else:
             connection.execute("PRAGMA busy_timeout = 0")
-        connection.execute("BEGIN IMMEDIATE")
-        self.stuck = False
-        if was_stuck:
+            connection.execute("BEGIN IMMEDIATE")
             connection.execute(f"PRAGMA busy_timeout = {LOCK_PATIENCE * 1000}")
 
     def close(self) -> None:
@@ -501,16 +505,24 @@ def read_query(rules: dict[str, Rule], **defaults: Any) -> dict:
     return defaults | read_fields(query, {name: rule for name, rule in rules.items() if name in query})
 
 
-def answer(body: bytes | None, content_type: str = "application/json", **headers: str) -> HTTPResponse:
+def answer(body: bytes | None, content_type: str = "application/json", **headers: str) -> bytes:
     """Answer a GET: 404 for no body, 304 if the client has this one already (RFC 9110, section 13.1.2), or else 200."""
     if body is None:
         raise HTTPError(404, "no message has come on this channel")
     tag = f'"{hashlib.blake2b(body, digest_size=12).hexdigest()}"'
-    headers |= {"Content-Type": content_type, "ETag": tag, "Cache-Control": "no-cache"}
-    held = request.get_header("If-None-Match", "")
+    protect()
+    response.headers.update({"Content-Type": content_type, "ETag": tag, "Cache-Control": "no-cache"} | headers)
+    held = request.environ.get("HTTP_IF_NONE_MATCH", "")
     if held == "*" or tag in re.findall('"[^"]*"', held):
-        return HTTPResponse(status=304, headers=headers)
-    return HTTPResponse(body + b"\n", headers=headers)
+        response.status = 304
+    return body + b"\n"
+
+
+def protect() -> None:
+    """Keep browsers from taking JSON for a page, and let every page read what a GET answers."""
+    response.headers["X-Content-Type-Options"] = "nosniff"
+    if request.method != "POST":
+        response.headers["Access-Control-Allow-Origin"] = "*"
 
 
 def problem(error: HTTPError) -> str:
@@ -520,6 +532,7 @@ def problem(error: HTTPError) -> str:
         response.headers["Allow"] = allow = response.headers["Allow"].replace("GET", "GET,HEAD")
         detail = f"{request.path} takes {allow}, not {request.method}"
     response.content_type = "application/problem+json"
+    protect()
     return json.dumps({"title": HTTP_CODES[error.status_code], "status": error.status_code, "detail": detail}) + "\n"
 
 
@@ -527,6 +540,11 @@ def create_app(store: Store) -> Bottle:
     """Return the service on top of a store, as a WSGI application."""
     app = Bottle()
     app.default_error_handler = problem
+    page, description = [(STATIC / name).read_bytes().strip() for name in ("dashboard.html", "openapi.json")]
+    inline = re.findall(rb"(?s)<(?:script|style)>(.*?)</", page)
+    hashes = " ".join(f"'sha256-{b64encode(hashlib.sha256(code).digest()).decode()}'" for code in inline)
+    policy = f"default-src 'none'; script-src {hashes}; style-src {hashes}; connect-src 'self'; img-src data:; "
+    policy += "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'"
     started = time.time()
     counting = threading.Lock()
     outcomes = dict.fromkeys(OUTCOMES, 0)
@@ -539,12 +557,6 @@ def create_app(store: Store) -> Bottle:
             outcomes[outcome] += 1
             durations[bisect_left(BUCKETS, seconds)] += 1
             spent += seconds
-
-    @app.hook("after_request")
-    def protect() -> None:
-        response.headers["X-Content-Type-Options"] = "nosniff"  # JSON is no page, whatever it holds
-        if request.method != "POST":
-            response.headers["Access-Control-Allow-Origin"] = "*"
 
     def receive() -> Message:
         environ = request.environ
@@ -570,34 +582,36 @@ def create_app(store: Store) -> Bottle:
             count(outcome, time.perf_counter() - began)
         if outcome == "conflicting":
             log.warning("the first message of this number stands; a different one was ignored: %a", message.row)
+        protect()
         response.status = 202
         response.content_type = "application/json"
         return '{"status": "applied"}\n' if outcome == "applied" else '{"status": "duplicate"}\n'
 
     @app.get("/rockets")
-    def get_rockets() -> HTTPResponse:
+    def get_rockets() -> bytes:
         query = read_query(
             LIST_QUERY, sort="channel", order="asc", status=None, type=None, mission=None, limit=-1, offset=0
         )
         return answer(store.read(ROCKETS[query.pop("sort"), query.pop("order")], **query))
 
     @app.get("/rockets/<channel>")
-    def get_rocket(channel: str) -> HTTPResponse:
+    def get_rocket(channel: str) -> bytes:
         return answer(store.read(ROCKET, **read_fields({"channel": channel}, {"channel": CHANNEL})))
 
     @app.get("/rockets/<channel>/messages")
-    def get_history(channel: str) -> HTTPResponse:
+    def get_history(channel: str) -> bytes:
         query = read_query(HISTORY_QUERY, after=0, limit=1000) | read_fields({"channel": channel}, {"channel": CHANNEL})
         return answer(store.read(HISTORY, **query))
 
     @app.get("/health")
-    def get_health() -> HTTPResponse:
-        if store.trouble and time.monotonic() < store.trouble[0] + TROUBLE_SHOWN:
-            raise store.trouble[1]
+    def get_health() -> bytes:
+        trouble = store.trouble
+        if trouble and time.monotonic() < trouble[0] + TROUBLE_SHOWN:
+            raise trouble[1].with_traceback(None)
         return answer(store.read(HEALTH))
 
     @app.get("/metrics")
-    def get_metrics() -> HTTPResponse:
+    def get_metrics() -> bytes:
         with counting:
             samples = {f'rockets_messages_total{{outcome="{outcome}"}}': n for outcome, n in outcomes.items()}
             reached = list(accumulate(durations))
@@ -613,16 +627,11 @@ def create_app(store: Store) -> Bottle:
         return answer("\n".join(lines).encode(), "text/plain; version=0.0.4; charset=utf-8")
 
     @app.get("/openapi.json")
-    def get_openapi() -> HTTPResponse:
-        return answer((STATIC / "openapi.json").read_bytes())
+    def get_openapi() -> bytes:
+        return answer(description)
 
     @app.get("/")
-    def get_dashboard() -> HTTPResponse:
-        page = (STATIC / "dashboard.html").read_bytes()
-        inline = re.findall(rb"(?s)<(?:script|style)>(.*?)</", page)
-        hashes = " ".join(f"'sha256-{b64encode(hashlib.sha256(code).digest()).decode()}'" for code in inline)
-        policy = f"default-src 'none'; script-src {hashes}; style-src {hashes}; connect-src 'self'; img-src data:; "
-        policy += "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'"
+    def get_dashboard() -> bytes:
         return answer(page, "text/html; charset=utf-8", **{"Content-Security-Policy": policy})
 
     return app
@@ -664,7 +673,7 @@ def serve(app: Bottle, sockets: list[socket.socket], threads: int, greeting: str
     deadline, busy = time.monotonic() + DRAIN_PATIENCE, True
     while busy and time.monotonic() < deadline:
         wasyncore.loop(timeout=0.05, use_poll=True, map=channels, count=1)
-        busy = any(getattr(c, "requests", ()) or getattr(c, "total_outbufs_len", 0) for c in channels.values())
+        busy = any(getattr(c, "requests", 0) or getattr(c, "request", 0) or c.writable() for c in channels.values())
     server.task_dispatcher.shutdown(timeout=0.5)
 
 
@@ -694,12 +703,13 @@ def main() -> None:
         sockets = listen(args.host, args.port)
         store = Store(args.database, max(1, args.threads - SPARE_THREADS), args.reset)
         found = json.loads(store.read(HEALTH))
-    except (OSError, OverflowError) as error:  # bind() takes no port above 65,535
+    except (OSError, OverflowError, UnicodeError) as error:  # of a port above 65,535, of a host that can't be
         sys.exit(f"rockets: {error}")
     app = create_app(store)
     if args.verbose:
-        app.add_hook("after_request", lambda: log.info("%s %a %s", request.method, request.url, response.status_code))
-    where = f"http://{args.host}:{sockets[0].getsockname()[1]}"
+        app.add_hook("after_request", lambda: log.info("%s %a", request.method, request.environ["REQUEST_URI"]))
+    host = f"[{args.host}]" if ":" in args.host else args.host
+    where = f"http://{host}:{sockets[0].getsockname()[1]}"
     holds = f"{args.database} holds {found['rockets']} rockets and {found['messages']} messages"
     serve(app, sockets, args.threads, f"Rockets listens on {where}, {holds}")
     store.close()

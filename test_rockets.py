@@ -653,7 +653,7 @@ def test_metrics_count_what_became_of_every_message(app, file):
     post(app, launch(channel=str(uuid.UUID(int=1))), headers={"Sec-Fetch-Site": "cross-site"}, status=403)
     post(app, faster(1, 1, channel=str(uuid.UUID(int=2))))
     aside = file.rename(file.with_name("aside"))
-    post(app, faster(2, 1), status=503)
+    post(app, faster(1, 1, channel=str(uuid.UUID(int=2))), status=503)
     aside.rename(file)
     metrics = read_metrics(app)
     assert {
@@ -1015,9 +1015,36 @@ def test_a_port_that_is_taken_is_one_line_and_leaves_the_database_alone(file, tm
         assert process.request(f"/rockets/{CHANNEL}")[0] == 200
 
 
-def test_a_port_that_cannot_be_is_one_line(file):
-    code, said = start_in_vain(file, "--port", "99999")
-    assert (code, said.count("\n")) == (1, 1) and "65535" in said
+@pytest.mark.parametrize("options", [["--port", "99999"], ["--host", "..a"], ["--host", "192.0.2.1"]])
+def test_an_address_that_cannot_be_is_one_line(file, options):
+    code, said = start_in_vain(file, *options)
+    assert (code, said.count("\n")) == (1, 1) and said.startswith("rockets: ")
+
+
+def test_a_log_without_its_database_is_one_line_and_left_as_it_was(file):
+    with Process(file) as process:
+        process.request("/messages", launch(1))
+        process.stop(signal.SIGKILL)
+    kept = file.read_bytes()
+    file.unlink()
+    code, said = start_in_vain(file)
+    assert (code, said.count("\n")) == (1, 1) and "its write-ahead log is there" in said
+    file.write_bytes(kept)
+    with Process(file) as process:
+        assert process.request(f"/rockets/{CHANNEL}") == (200, fold([launch(1)]))
+
+
+def test_a_body_that_is_still_coming_at_sigterm_is_taken(file):
+    with Process(file) as process:
+        port = int(process.url.rpartition(":")[2])
+        with socket.create_connection(("127.0.0.1", port), 10) as connection:
+            connection.sendall(http(BODY, LENGTH)[:-20])
+            time.sleep(0.3)
+            process.popen.send_signal(signal.SIGTERM)
+            time.sleep(0.5)
+            connection.sendall(http(BODY, LENGTH)[-20:])
+            assert b" 202 Accepted" in connection.recv(65536)
+        assert process.popen.wait(timeout=10) == 0
 
 
 def a_text_file(file):
