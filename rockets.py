@@ -685,6 +685,7 @@ def main() -> None:
         epilog="HOST, PORT and DATABASE in the environment stand in for the options.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
+    parser.error = lambda text: sys.exit(f"rockets: {text}")  # one line, as for everything else that can't work
     option = parser.add_argument
     option("--host", default=environ("HOST", "localhost"), help="address to listen on; localhost is all loopback ones")
     option("--port", type=int, default=environ("PORT", "8088"), help="port to listen on; 0 takes any free one")

@@ -1015,9 +1015,11 @@ def test_a_port_that_is_taken_is_one_line_and_leaves_the_database_alone(file, tm
         assert process.request(f"/rockets/{CHANNEL}")[0] == 200
 
 
-@pytest.mark.parametrize("options", [["--port", "99999"], ["--host", "..a"], ["--host", "192.0.2.1"]])
-def test_an_address_that_cannot_be_is_one_line(file, options):
-    code, said = start_in_vain(file, *options)
+@pytest.mark.parametrize(
+    "options", ["--port 99999", "--host ..a", "--host 192.0.2.1", "--port abc", "--threads 0", "--x"]
+)
+def test_an_option_that_cannot_be_is_one_line(file, options):
+    code, said = start_in_vain(file, *options.split())
     assert (code, said.count("\n")) == (1, 1) and said.startswith("rockets: ")
 
 

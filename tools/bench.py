@@ -51,6 +51,7 @@ Row = tuple[str, str, str]  # what is measured, the figure, what it should reach
 def serve_ceiling(arguments: list[str]) -> None:
     """Run the service's own main() around handlers that do nothing."""
     import bottle
+
     import rockets
 
     app = bottle.Bottle()
