@@ -327,7 +327,7 @@ def parse_message(body: bytes) -> Message:
 def connect(path: str, mode: str, patience: int = LOCK_PATIENCE) -> sqlite3.Connection:
     """Open a connection; mode is SQLite's 'ro', 'rw' or, to create the file, 'rwc' (sqlite.org/uri.html)."""
     uri = f"{Path(path).absolute().as_uri()}?mode={mode}"
-    connection = sqlite3.connect(uri, patience, isolation_level=None, check_same_thread=False, uri=True)
+    connection = sqlite3.connect(uri, timeout=patience, isolation_level=None, check_same_thread=False, uri=True)
     connection.text_factory = bytes  # the JSON that SQLite builds goes out as it is
     if not mode.startswith("ro"):
         connection.execute("PRAGMA journal_mode = WAL")  # reading never waits for writing
