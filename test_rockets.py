@@ -428,7 +428,7 @@ def test_times_sort_by_the_message_they_are_from_whenever_it_came(app, sort):
     one, two = str(uuid.UUID(int=1)), str(uuid.UUID(int=2))
     post(app, launch(5, channel=one, at="2022-02-05T00:00:00Z"))
     post(app, launch(3, channel=one, at="2022-02-03T00:00:00Z"))
-    post(app, launch(4, channel=one, at="2022-02-09T00:00:00Z"))
+    post(app, launch(4, channel=one, at="2022-02-01T00:00:00Z"))
     post(app, launch(1, channel=two, at="2022-02-04T00:00:00Z"))
     expected = [one, two] if sort == "launchedAt" else [two, one]
     assert [rocket["channel"] for rocket in app.get(f"/rockets?sort={sort}").json["rockets"]] == expected
@@ -1036,6 +1036,18 @@ def test_a_log_without_its_database_is_one_line_and_left_as_it_was(file):
         assert process.request(f"/rockets/{CHANNEL}") == (200, fold([launch(1)]))
 
 
+def test_half_a_database_with_a_log_beside_it_is_one_line_and_left_as_it_was(file):
+    a_whole_database(file)
+    with Process(file) as process:
+        process.request("/messages", launch(501))
+        process.stop(signal.SIGKILL)
+    os.truncate(file, file.stat().st_size // 2)
+    before = file.read_bytes()
+    code, said = start_in_vain(file)
+    assert (code, said) == (1, f"rockets: cannot use {file} as the database: a part of it is missing\n")
+    assert file.read_bytes() == before
+
+
 def test_a_body_that_is_still_coming_at_sigterm_is_taken(file):
     with Process(file) as process:
         port = int(process.url.rpartition(":")[2])
@@ -1057,11 +1069,15 @@ def a_short_text_file(file):
     file.write_bytes(b"Dear diary")
 
 
-def half_a_database(file):
+def a_whole_database(file):
     store = rockets.Store(str(file), places=1)
     for number in range(1, 501):
         store.apply(rockets.parse_message(json.dumps(faster(number, 1)).encode()))
     store.close()
+
+
+def half_a_database(file):
+    a_whole_database(file)
     os.truncate(file, file.stat().st_size // 2)
 
 
