@@ -15,6 +15,7 @@ import errno
 import hashlib
 import json
 import logging
+import operator
 import os
 import re
 import signal
@@ -708,7 +709,8 @@ def main() -> None:
         sys.exit(f"rockets: {error}")
     app = create_app(store)
     if args.verbose:
-        app.add_hook("after_request", lambda: log.info("%s %a", request.method, request.environ["REQUEST_URI"]))
+        asked = operator.itemgetter("REQUEST_METHOD", "REQUEST_URI")
+        app.add_hook("after_request", lambda: log.info("%d %s %a", response.status_code, *asked(request.environ)))
     host = f"[{args.host}]" if ":" in args.host else args.host
     where = f"http://{host}:{sockets[0].getsockname()[1]}"
     holds = f"{args.database} holds {found['rockets']} rockets and {found['messages']} messages"

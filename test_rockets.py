@@ -3,6 +3,7 @@
 import base64
 import copy
 import hashlib
+import http.client as http_client
 import itertools
 import json
 import logging
@@ -921,7 +922,7 @@ def post_until_it_stops(process, acknowledged, channel):
     for number in itertools.count(1):
         try:
             status, _ = process.request("/messages", faster(number, 1, channel=channel))
-        except OSError:
+        except (OSError, http_client.HTTPException):
             return
         if status == 202:
             acknowledged.append((channel, number))
@@ -1232,7 +1233,7 @@ def test_every_message_outlives_kill_after_kill(file):
                     body = faster(number, number, channel=channel)
                     try:
                         status, _ = process.request("/messages", body)
-                    except OSError:
+                    except (OSError, http_client.HTTPException):
                         return  # sent again, with the same number, after the restart
                     assert status == 202
                     sent[channel].append(body)
