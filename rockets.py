@@ -468,11 +468,10 @@ class Store:
     def begin(self, connection: sqlite3.Connection) -> None:
         """Begin to write. Another process's lock is waited for once. Until a commit succeeds again, messages fail at
         once, as every thread that waits is one that serves no GET."""
-        if not self.trouble:
-            connection.execute("BEGIN IMMEDIATE")
-        else:
+        if self.trouble:
             connection.execute("PRAGMA busy_timeout = 0")
-            connection.execute("BEGIN IMMEDIATE")
+        connection.execute("BEGIN IMMEDIATE")
+        if self.trouble:
             connection.execute(f"PRAGMA busy_timeout = {LOCK_PATIENCE * 1000}")
 
     def close(self) -> None:
