@@ -5,7 +5,7 @@ in every later answer; neither a crash nor a power cut takes it back.
 
 The idea: the state of a rocket is a function of the set of its messages, not of their order. So each message counts as
 soon as it arrives, by one upsert in which speed changes add up while message numbers decide which launch, mission and
-explosion stand. The log of messages, written in the same transaction, keeps a redelivery from counting again.
+explosion stand. The log of messages, kept by the same statement, saves a redelivery from counting again.
 
     python rockets.py         serves http://localhost:8088 from ./rockets.db; --help lists the options
 """
@@ -15,60 +15,60 @@ import errno
 import hashlib
 import json
 import logging
-import operator
 import os
 import re
+import select
 import signal
 import socket
 import sqlite3
+import struct
 import sys
 import threading
 import time
-import uuid
-from base64 import b64encode
 from bisect import bisect_left
-from collections import deque, namedtuple
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from collections import namedtuple
+from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
-from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import Any
 from urllib.parse import parse_qsl
 
 import waitress
-from bottle import HTTP_CODES, Bottle, HTTPError, request, response
+from bottle import HTTP_CODES, Bottle, HTTPError, HTTPResponse, request, response
 from waitress import wasyncore
 
 VERSION = "1.0.0"
-SWITCH_INTERVAL = 0.0001  # seconds; with Python's 0.005, a thread back from SQLite waits too long for its turn
 STATIC = Path(__file__).resolve().parent / "static"
 
 MAX_BODY = 64 * 1024  # bytes; a real message has about 300, a larger body gets a 413
 MAX_BRACKETS = 800  # objects and arrays in a body; a real message has 2, and SQLite reads at most 1,000 levels
-MAX_DIGITS = 4000  # of a whole number; Python reads at most 4,300
 MAX_TEXT = 256  # characters
 MAX_SPEED = 2**31 - 1
 MAX_NUMBER = 2**53 - 1  # up to here every JSON parser reads whole numbers exactly (RFC 8259, section 6)
 MAX_PAGE = 10_000  # messages in one answer
+READERS = 4  # connections; Python builds no more answers than that at a time anyway
 LOCK_PATIENCE = 4  # seconds to wait for another process's lock; the sender waits 10 for its answer
 PLACE_PATIENCE = 0.5  # seconds that a POST waits once only SPARE_THREADS are left
 SPARE_THREADS = 4  # serve GETs even while all others wait for the disk
 TROUBLE_SHOWN = 30  # seconds that /health tells of a failed write, unless another succeeds
 DRAIN_PATIENCE = 4  # seconds after SIGTERM in which requests under way are answered
+SWITCH_INTERVAL = 0.0001  # seconds; with Python's 0.005, a thread back from SQLite waits too long for its turn
 
 log = logging.getLogger("rockets")
 
 # SQL ##################################################################################################################
 
 OLDEST_SQLITE = (3, 38, 0)  # the first with STRICT tables and the ->> operator
-SCHEMA_VERSION = 0x524B_0001  # in the header of the file: "RK", which no other program has there, and the version
+SCHEMA_VERSION = 0x524B_0002  # in the header of the file: "RK", which no other program has there, and the version
 NEVER = MAX_NUMBER + 1  # number of a launch or explosion not known yet; above all others, as the lowest one counts
 
-# launch_number, mission_number and explosion_number are of the messages that the columns before them come from.
-# Columns in _utc are the instants of those in _at, spelled so that ORDER BY sorts them.
+# launch_number, mission_number and explosion_number are of the messages that the columns before them come from. Columns
+# in _utc are the instants of those in _at, spelled so that ORDER BY sorts them. The triggers write the message that has
+# just arrived to the log, so that the upsert alone is the whole transaction.
+KEEP = """BEGIN INSERT INTO messages SELECT new.channel, new.arrived ->> 1, new.arrived ->> 2, new.arrived ->> 4,
+                                             new.arrived -> 5, new.arrived_at; END"""
 SCHEMA = f"""
 CREATE TABLE IF NOT EXISTS rockets (
     channel TEXT NOT NULL PRIMARY KEY,
@@ -78,6 +78,7 @@ CREATE TABLE IF NOT EXISTS rockets (
     explosion_reason TEXT, explosion_number INTEGER NOT NULL,
     updated_at TEXT NOT NULL, updated_utc TEXT NOT NULL, last_message_number INTEGER NOT NULL,
     messages INTEGER NOT NULL,
+    arrived TEXT NOT NULL, arrived_at INTEGER NOT NULL,
     missing_messages INTEGER AS (last_message_number - messages),
     speed INTEGER AS (launch_speed + speed_change),
     status TEXT AS (CASE WHEN explosion_reason IS NOT NULL THEN 'exploded'
@@ -86,52 +87,47 @@ CREATE TABLE IF NOT EXISTS rockets (
 ) STRICT, WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS messages (
     channel TEXT NOT NULL, number INTEGER NOT NULL, time TEXT NOT NULL, type TEXT NOT NULL, message TEXT NOT NULL,
-    PRIMARY KEY (channel, number)
+    arrived_at INTEGER NOT NULL, PRIMARY KEY (channel, number)
 ) STRICT, WITHOUT ROWID;
+CREATE TRIGGER IF NOT EXISTS keep_first AFTER INSERT ON rockets {KEEP};
+CREATE TRIGGER IF NOT EXISTS keep_next AFTER UPDATE ON rockets {KEEP};
 PRAGMA user_version = {SCHEMA_VERSION};
 """
-INSIDE = "SELECT user_version, page_count * page_size, (SELECT count(*) FROM sqlite_schema) FROM pragma_user_version, "
-INSIDE += "pragma_page_count, pragma_page_size"
 RESET = "DROP TABLE IF EXISTS rockets; DROP TABLE IF EXISTS messages;"
 
 # A batch of messages reaches SQLite as one JSON array: one statement for all costs far less than one for each.
 ARRIVED = """
 WITH arrived AS (
-    SELECT key AS place, value ->> 0 AS channel, value ->> 1 AS number, value ->> 2 AS time, value ->> 3 AS utc,
-           value ->> 4 AS type, value -> 5 AS message
+    SELECT key AS place, value AS row, value ->> 0 AS channel, value ->> 1 AS number,
+           value ->> 2 AS time, value ->> 3 AS utc, value ->> 4 AS type, value -> 5 AS message,
+           value -> 6 AS known
     FROM json_each(:batch)
 )"""
 
-KNOWN = f"{ARRIVED} SELECT place, messages.type, messages.message FROM arrived JOIN messages USING (channel, number)"
-
 # In whatever order messages come, and however often, they leave the same row: sums don't depend on order, the lowest
 # or highest number wins whenever it comes, and the WHERE clause lets no number count that the log already holds.
-UPSERT = f"""{ARRIVED}
+UPSERT = f"""
 INSERT INTO rockets (
-    channel, updated_at, updated_utc, last_message_number, messages,
+    channel, arrived, arrived_at, messages, updated_at, updated_utc, last_message_number,
     type, launched_at, launched_utc, launch_speed, launch_number,
     speed_change, mission, mission_number, explosion_reason, explosion_number
-)
+) {ARRIVED}
 SELECT
-    channel, time, utc, number, 1,
-    iif(type = 'RocketLaunched', message ->> 'type', NULL),
-    iif(type = 'RocketLaunched', time, NULL),
-    iif(type = 'RocketLaunched', utc, NULL),
-    iif(type = 'RocketLaunched', message ->> 'launchSpeed', NULL),
-    iif(type = 'RocketLaunched', number, {NEVER}),
-    CASE type WHEN 'RocketSpeedIncreased' THEN message ->> 'by'
-              WHEN 'RocketSpeedDecreased' THEN -(message ->> 'by') ELSE 0 END,
-    CASE type WHEN 'RocketLaunched' THEN message ->> 'mission'
-              WHEN 'RocketMissionChanged' THEN message ->> 'newMission' END,
+    channel, row, :now + place, 1, time, utc, number,
+    known ->> 'type', iif(type = 'RocketLaunched', time, NULL), iif(type = 'RocketLaunched', utc, NULL),
+    known ->> 'launchSpeed', iif(type = 'RocketLaunched', number, {NEVER}),
+    iif(type = 'RocketSpeedDecreased', -1, 1) * ifnull(known ->> 'by', 0),
+    ifnull(known ->> 'mission', known ->> 'newMission'),
     iif(type IN ('RocketLaunched', 'RocketMissionChanged'), number, 0),
-    iif(type = 'RocketExploded', message ->> 'reason', NULL),
-    iif(type = 'RocketExploded', number, {NEVER})
+    known ->> 'reason', iif(type = 'RocketExploded', number, {NEVER})
 FROM arrived WHERE true
 ON CONFLICT (channel) DO UPDATE SET
+    arrived = excluded.arrived,
+    arrived_at = excluded.arrived_at,
+    messages = messages + 1,
     updated_at = iif(excluded.last_message_number > last_message_number, excluded.updated_at, updated_at),
     updated_utc = iif(excluded.last_message_number > last_message_number, excluded.updated_utc, updated_utc),
     last_message_number = max(excluded.last_message_number, last_message_number),
-    messages = messages + 1,
     type = iif(excluded.launch_number < launch_number, excluded.type, type),
     launched_at = iif(excluded.launch_number < launch_number, excluded.launched_at, launched_at),
     launched_utc = iif(excluded.launch_number < launch_number, excluded.launched_utc, launched_utc),
@@ -142,15 +138,13 @@ ON CONFLICT (channel) DO UPDATE SET
     mission_number = max(excluded.mission_number, mission_number),
     explosion_reason = iif(excluded.explosion_number < explosion_number, excluded.explosion_reason, explosion_reason),
     explosion_number = min(excluded.explosion_number, explosion_number)
-WHERE NOT EXISTS (
-    SELECT * FROM messages AS log
-    WHERE log.channel = excluded.channel AND log.number = excluded.last_message_number
-)"""
+WHERE NOT EXISTS (SELECT * FROM messages AS log
+                  WHERE log.channel = excluded.channel AND log.number = excluded.last_message_number)"""
 
-LOG = f"""{ARRIVED}
-INSERT INTO messages SELECT channel, number, time, type, message FROM arrived WHERE true
-ON CONFLICT (channel, number) DO NOTHING
-"""
+# Those that the upsert left out of a batch, as the log held their numbers, perhaps with something else.
+KNOWN = f"""{ARRIVED}
+SELECT place, iif(messages.type = arrived.type AND messages.message = arrived.message, 'duplicate', 'conflicting')
+FROM arrived JOIN messages USING (channel, number) WHERE arrived_at <> :now + place"""
 
 STATUSES = ("active", "awaiting_launch", "exploded")
 ORDERS = ("asc", "desc")
@@ -165,12 +159,10 @@ ROCKET_JSON = """json_object(
     'channel', channel, 'type', type, 'speed', speed, 'mission', mission, 'status', status,
     'explosionReason', explosion_reason, 'launchedAt', launched_at, 'updatedAt', updated_at,
     'lastMessageNumber', last_message_number, 'missingMessages', missing_messages)"""
-
 ROCKET = f"SELECT {ROCKET_JSON} FROM rockets WHERE channel = :channel"
 
 MATCHING = """FROM rockets WHERE status = ifnull(:status, status)
     AND (:type IS NULL OR type = :type) AND (:mission IS NULL OR mission = :mission)"""
-
 # One query for each order, made of the tables above alone. Its LIMIT keeps SQLite from dropping the inner ORDER BY.
 ROCKETS = {
     (sort, order): f"""
@@ -190,33 +182,27 @@ SELECT iif(EXISTS (SELECT * FROM rockets WHERE channel = :channel), json_object(
 FROM (SELECT * FROM messages WHERE channel = :channel AND number > :after ORDER BY number LIMIT :limit)"""
 
 HEALTH = "SELECT json_object('status', 'ok', 'rockets', count(*), 'messages', ifnull(sum(messages), 0)) FROM rockets"
-FLEET = """
-SELECT json_object('rockets_fleet{status="active"}', total(status = 'active'),
-                   'rockets_fleet{status="awaiting_launch"}', total(status = 'awaiting_launch'),
-                   'rockets_fleet{status="exploded"}', total(status = 'exploded'),
-                   'rockets_missing_messages', total(missing_messages)) FROM rockets"""
+FLEET = f"""
+SELECT json_object({", ".join(f"'{status}', count(*) FILTER (WHERE status = '{status}')" for status in STATUSES)},
+                   'missing', ifnull(sum(missing_messages), 0)) FROM rockets"""
 
 # Messages #############################################################################################################
-
 
 # What a value must be, in words, and a function that returns what to keep of it, or None if it isn't that.
 Rule = namedtuple("Rule", "words read")
 
 
 def whole(lowest: int, highest: int) -> Rule:
-    def read(value: Any) -> int | None:
-        return value if type(value) is int and lowest <= value <= highest else None  # type(), since True is an int
-
-    return Rule(f"a whole number from {lowest} to {highest}", read)
+    words = f"a whole number from {lowest} to {highest}"  # below, type() is asked since True is an int
+    return Rule(words, lambda value: value if type(value) is int and lowest <= value <= highest else None)
 
 
 def text(words: str, pattern: str, keep: Callable[[re.Match], Any] = re.Match.group) -> Rule:
-    @lru_cache(maxsize=1000)  # rockets name the same channels, types and missions again and again
-    def read(value: str) -> Any:
-        match = re.fullmatch(pattern, value, re.ASCII)
+    def read(value: Any) -> Any:
+        match = re.fullmatch(pattern, value, re.ASCII) if type(value) is str and len(value) <= MAX_TEXT else None
         return match and keep(match)
 
-    return Rule(words, lambda value: read(value) if type(value) is str and len(value) <= MAX_TEXT else None)
+    return Rule(words, read)
 
 
 def one_of(choices: Iterable[str]) -> Rule:
@@ -230,24 +216,22 @@ def up_to(highest: int) -> Rule:
 
 def to_utc(match: re.Match) -> str | None:
     """Return an RFC 3339 time in UTC, spelled so that texts sort as the instants do, to the last digit."""
-    date, minute, second, fraction, offset = match.groups()
+    date, minute, second, fraction, offset = match.groups("")
     try:
-        local = datetime.fromisoformat(f"{date}T{minute}{offset.upper().replace('Z', '+00:00')}")
-        utc = local.astimezone(UTC).isoformat()[:16]
+        utc = datetime.fromisoformat(f"{date}T{minute}{offset.upper()}").astimezone(UTC).isoformat()[:16]
     except (ValueError, OverflowError):  # no such day, or outside of the years 1 to 9999
         return None
     if second == "60" and not utc.endswith("23:59"):  # a leap second ends a day in UTC
         return None
-    return f"{utc}:{second}{(fraction or '').rstrip('0').rstrip('.')}"
+    return f"{utc}:{second}{fraction.rstrip('0.')}"
 
 
-UUID = r"(?i)(urn:uuid:)?(\{)?[0-9a-f]{8}(-?)([0-9a-f]{4}\3){3}[0-9a-f]{12}(?(2)\})"
+UUID = r"(?i)(?:urn:uuid:)?(\{)?([0-9a-f]{8})(-?)([0-9a-f]{4})\3([0-9a-f]{4})\3([0-9a-f]{4})\3([0-9a-f]{12})(?(1)\})"
 RFC_3339 = r"(?i)(\d{4}-\d\d-\d\d)T((?:[01]\d|2[0-3]):[0-5]\d):([0-5]\d|60)(\.\d+)?(Z|[+-](?:[01]\d|2[0-3]):[0-5]\d)"
 ANY = Rule("a text", str)
-OBJECT = Rule("an object", lambda value: value if type(value) is dict else None)
 NAME = text(f"a text of 1 to {MAX_TEXT} characters, no NUL, no lone surrogate", r"[^\0\ud800-\udfff]+")
 SPEED = whole(0, MAX_SPEED)
-CHANNEL = text("a UUID", UUID, lambda match: str(uuid.UUID(match[0].lower())))
+CHANNEL = text("a UUID", UUID, lambda match: "-".join(match.group(2, 4, 5, 6, 7)).lower())
 TIME = text("an RFC 3339 time with an offset, such as 2022-02-02T19:39:05+01:00", RFC_3339, to_utc)
 MESSAGE_TYPES = {
     "RocketLaunched": {"type": NAME, "launchSpeed": SPEED, "mission": NAME},
@@ -262,237 +246,193 @@ METADATA = {
     "messageTime": TIME,
     "messageType": one_of(MESSAGE_TYPES),
 }
-LIST_QUERY = {
-    "sort": one_of(SORT_KEYS),
-    "order": one_of(ORDERS),
-    "status": one_of(STATUSES),
-    "type": ANY,
-    "mission": ANY,
-    "limit": up_to(MAX_NUMBER),
-    "offset": up_to(MAX_NUMBER),
-}
+LIST_QUERY = {"sort": one_of(SORT_KEYS), "order": one_of(ORDERS), "status": one_of(STATUSES), "type": ANY}
+LIST_QUERY |= {"mission": ANY, "limit": up_to(MAX_NUMBER), "offset": up_to(MAX_NUMBER)}
 HISTORY_QUERY = {"after": up_to(MAX_NUMBER), "limit": up_to(MAX_PAGE)}
 
 
-def read_fields(holder: dict, rules: dict[str, Rule], path: str = "") -> dict:
+def read_fields(holder: Any, rules: dict[str, Rule], name: str = "") -> dict:
     """Return what the rules keep of the fields they name. Raise HTTPError(400) for the first that breaks its rule."""
+    if type(holder) is not dict:
+        raise HTTPError(400, f"{name or 'the body'} must be an object, got {json.dumps(holder)[:100]}")
     kept = {}
-    for name, rule in rules.items():
-        kept[name] = rule.read(holder.get(name))
-        if kept[name] is None:
-            got = json.dumps(holder[name])[:100] if name in holder else "nothing"
-            raise HTTPError(400, f"{path}{name} must be {rule.words}, got {got}")
+    for field, rule in rules.items():
+        kept[field] = rule.read(holder.get(field))
+        if kept[field] is None:
+            got = json.dumps(holder[field])[:100] if field in holder else "nothing"
+            raise HTTPError(400, f"{name and name + '.'}{field} must be {rule.words}, got {got}")
     return kept
 
 
-@dataclass(slots=True)
-class Message:
-    """A valid message and, in time, its outcome: 'applied', 'duplicate', 'conflicting', or what kept it out."""
-
-    channel: str
-    number: int
-    type: str
-    content: dict
-    row: str  # as JSON, for ARRIVED
-    outcome: str | Exception | None = None
+def refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no number")
 
 
-# A number of too many digits becomes infinity, which no rule takes.
-decode = json.JSONDecoder(parse_int=lambda digits: int(digits) if len(digits) <= MAX_DIGITS else float("inf")).decode
-encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
+decode = json.JSONDecoder(parse_constant=refuse).decode
+encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"), sort_keys=True).encode
 
 
-def parse_message(body: bytes) -> Message:
-    """Turn the body of a POST into a valid message. Raise HTTPError(400), which names the field and its rule."""
+def parse_message(body: bytes) -> str:
+    """Turn the body of a POST into a row for ARRIVED, as JSON. Raise HTTPError(400), naming the field and its rule."""
     if body.count(b"{") + body.count(b"[") > MAX_BRACKETS:
         raise HTTPError(400, f"the body must hold at most {MAX_BRACKETS} opening brackets of objects and arrays")
     try:
         envelope = decode(body.decode())
     except ValueError as error:
-        raise HTTPError(400, f"the body must be JSON in UTF-8: {error}") from error
-    read_fields({"the body": envelope}, {"the body": OBJECT})
-    metadata, content = read_fields(envelope, {"metadata": OBJECT, "message": OBJECT}).values()
-    channel, number, utc, kind = read_fields(metadata, METADATA, "metadata.").values()
-    read_fields(content, MESSAGE_TYPES[kind], "message.")
+        raise HTTPError(400, f"the body must be JSON in UTF-8: {str(error).partition(';')[0]}") from error
+    read_fields(envelope, {})
+    metadata, content = envelope.get("metadata"), envelope.get("message")
+    channel, number, utc, kind = read_fields(metadata, METADATA, "metadata").values()
+    known = read_fields(content, MESSAGE_TYPES[kind], "message")
     try:
-        encode(envelope).encode()  # fields that no rule names may still hold NaN, infinity or a lone surrogate
+        row = encode([channel, number, metadata["messageTime"], utc, kind, content, known])
+        row.encode()
     except ValueError as error:
-        raise HTTPError(400, f"the body must hold finite numbers and whole characters only: {error}") from error
-    row = encode([channel, number, metadata["messageTime"], utc, kind, content])
-    return Message(channel, number, kind, content, row)
+        raise HTTPError(400, f"message must hold finite numbers and whole characters only: {error}") from error
+    return row
 
 
 # Storage ##############################################################################################################
 
 
-def connect(path: str, mode: str, patience: int = LOCK_PATIENCE) -> sqlite3.Connection:
-    """Open a connection; mode is SQLite's 'ro', 'rw' or, to create the file, 'rwc' (sqlite.org/uri.html)."""
+def inspect(path: str) -> None:
+    """Raise OSError, and change nothing, if the file holds anything but a whole database of this version."""
+    size, logged = [os.path.getsize(name) if os.path.exists(name) else 0 for name in (path, f"{path}-wal")]
+    if logged and not size:
+        raise OSError("it is gone, but its write-ahead log is there")  # which SQLite would delete
+    if size:
+        with open(path, "rb") as file:  # the header, see sqlite.org/fileformat2.html
+            magic, page_size, pages, version = struct.unpack(">16s H 10x I 28x I 36x", file.read(100).ljust(100))
+        if magic != b"SQLite format 3\0":
+            raise OSError("it is no SQLite database")
+        if version != SCHEMA_VERSION and (version or pages > 1):  # one page is a start that was cut short
+            raise OSError("another program, or a newer version of this one, wrote it")
+        if pages * page_size > size + logged:
+            raise OSError("a part of it is missing")
+
+
+def connect(path: str, mode: str = "rw", patience: float = LOCK_PATIENCE) -> sqlite3.Connection:
+    """Open a connection that waits so many seconds for a lock; mode 'rwc' creates the file (sqlite.org/uri.html)."""
     uri = f"{Path(path).absolute().as_uri()}?mode={mode}"
     connection = sqlite3.connect(uri, timeout=patience, isolation_level=None, check_same_thread=False, uri=True)
     connection.text_factory = bytes  # the JSON that SQLite builds goes out as it is
-    if not mode.startswith("ro"):
-        connection.execute("PRAGMA journal_mode = WAL")  # reading never waits for writing
-        connection.execute("PRAGMA synchronous = FULL")  # COMMIT returns with the disk's word; NORMAL may lose the last
-        connection.execute(f"PRAGMA busy_timeout = {LOCK_PATIENCE * 1000}")
+    connection.execute("PRAGMA journal_mode = WAL")  # reading never waits for writing
+    connection.execute("PRAGMA synchronous = FULL")  # success is the disk's word; NORMAL may lose the last commits
     return connection
 
 
-def inspect(path: str) -> None:
-    """Raise OSError, and change nothing, if the file holds anything but a whole database of this version."""
-    sizes = [os.path.getsize(name) if os.path.exists(name) else 0 for name in (path, f"{path}-wal")]
-    if sizes[1] and not sizes[0]:
-        raise OSError("it is gone, but its write-ahead log is there")  # which SQLite would delete
-    if sizes[0]:
-        with open(path, "rb") as file:
-            if file.read(16) != b"SQLite format 3\0":
-                raise OSError("it is no SQLite database")
-        mode = "ro" if sizes[1] else "ro&immutable=1"  # without a log to read, SQLite need not even create one
-        with closing(connect(path, mode)) as connection:
-            version, size, tables = connection.execute(INSIDE).fetchone()
-        if version != SCHEMA_VERSION and tables:
-            raise OSError("another program, or a newer version of this one, wrote it")
-        if size > sum(sizes):
-            raise OSError("a part of it is missing")
+def unavailable(why: Any) -> HTTPError:
+    return HTTPError(503, f"{why}; try again, as a message that comes twice counts once", Retry_After="1")
 
 
 class Store:
     """The rockets and the log of their messages, in one SQLite file, for many threads at once.
 
-    Of the threads that have a message to store, the one that gets the lock commits all that wait by then, with one disk
-    sync; the others find theirs done.
+    One thread writes. It stores all messages that wait at that moment with one statement and one disk sync; the next
+    ones gather in the meantime.
     """
 
     def __init__(self, path: str, places: int, reset: bool = False):
-        """Open or create the file, with room for so many threads that wait to store a message; reset empties it.
+        """Open or create the file, with places for so many messages to wait to be stored; reset empties it.
 
         Raise OSError, and leave the file as it was, if that can't be.
         """
-        self.path = path
-        self.places = threading.BoundedSemaphore(places)
-        self.committing = threading.Lock()
-        self.waiting: deque[Message] = deque()  # for the next commit
-        self.idle: list[sqlite3.Connection] = []
+        self.places, self.waiting, self.readers = SimpleQueue(), SimpleQueue(), SimpleQueue()
         self.patience = PLACE_PATIENCE
-        self.trouble: tuple[float, Exception] | None = None  # when and why the last commit failed, if it did
+        self.trouble: tuple[float, HTTPError] | None = None  # when and why the last commit failed, if it did
         self.commits = 0
         try:
             inspect(path)
-            self.anchor = connect(path, "rwc")  # never lent; while it is open, the files of the log stay
-            self.anchor.executescript(f"BEGIN IMMEDIATE; {RESET if reset else ''} {SCHEMA} COMMIT;")
+            self.patient, self.hasty = connect(path, "rwc"), connect(path, patience=0)
+            self.patient.executescript(f"BEGIN IMMEDIATE; {RESET if reset else ''} {SCHEMA} COMMIT;")
+            self.patient.execute("PRAGMA wal_checkpoint")  # so that inspect() finds the version in the header
+            for _ in range(READERS):
+                self.readers.put(connect(path))
             self.files = {name: os.stat(name) for name in (path, f"{path}-wal")}
         except (sqlite3.Error, OSError) as error:
             raise OSError(f"cannot use {path} as the database: {error}") from error
-
-    @contextmanager
-    def lend(self) -> Iterator[sqlite3.Connection]:
-        """Lend a connection to one thread, and close it, which rolls back, if it fails. Raise HTTPError(503)."""
-        connection = None
-        try:
-            try:
-                connection = self.idle.pop()
-            except IndexError:
-                self.verify()
-                connection = connect(self.path, "rw", 0 if self.trouble else LOCK_PATIENCE)
-            yield connection
-            self.verify()
-        except (sqlite3.Error, OSError) as error:
-            if connection:
-                connection.close()
-            detail = f"the database is not available: {error}; try again, as a message that comes twice counts once"
-            raise HTTPError(503, detail, Retry_After="1") from error
-        self.idle.append(connection)
+        for _ in range(places):
+            self.places.put(SimpleQueue())
+        threading.Thread(target=self.run, daemon=True).start()
 
     def verify(self) -> None:
-        """Raise OSError unless the files are those that were opened. What is written to a deleted file is lost, and
-        SQLite would fold the log of one file into another that has taken its name."""
+        """Raise OSError unless the files are those that were opened: what goes to a deleted file is lost."""
         for name, opened in self.files.items():
             if not os.path.samestat(os.stat(name), opened):
                 raise OSError(f"another file has the name {name}")
 
     def read(self, sql: str, **parameters: Any) -> bytes | None:
         """Return the one value that a query yields, or None. Raise HTTPError(503)."""
-        with self.lend() as connection:
+        connection = self.readers.get()
+        try:
             row = connection.execute(sql, parameters).fetchone()
+            self.verify()
+        except (sqlite3.Error, OSError) as error:
+            raise unavailable(f"the database is not available: {error}") from error
+        finally:
+            self.readers.put(connection)
         return row and row[0]
 
-    def apply(self, message: Message) -> None:
-        """Put a message on disk and set its outcome. Raise HTTPError(503) if that failed, or may have failed."""
-        found = self.places.acquire(timeout=self.patience)
-        self.patience = PLACE_PATIENCE if found else 0  # where one has waited in vain, the next need not
-        if not found:
-            raise HTTPError(503, "too many messages wait for the disk; try again", Retry_After="1")
-        try:
-            self.waiting.append(message)
-            with self.committing:
-                if message.outcome is None:
-                    self.commit([self.waiting.popleft() for _ in range(len(self.waiting))])
-        finally:
-            self.places.release()
-        if isinstance(message.outcome, Exception):
-            raise message.outcome.with_traceback(None)
+    def apply(self, row: str) -> str:
+        """Put a message on disk and return 'applied', 'duplicate' or 'conflicting'.
 
-    def commit(self, batch: list[Message]) -> None:
-        """Give each message of a batch its outcome: all together or, lest one's failure fail another, each alone."""
+        Raise HTTPError(503) if that failed, or may have failed.
+        """
         try:
-            self.write(batch)
+            place = self.places.get(timeout=self.patience)
+        except Empty:
+            self.patience = 0  # where one has waited in vain, the next need not
+            raise unavailable("too many messages wait for the disk") from None
+        self.patience = PLACE_PATIENCE
+        self.waiting.put((row, place))
+        outcome = place.get()
+        self.places.put(place)
+        if isinstance(outcome, HTTPError):
+            raise outcome
+        return outcome
+
+    def run(self) -> None:
+        """Store what waits, for ever, and tell the threads that wait for it."""
+        while True:
+            batch = [self.waiting.get()]
+            batch += [self.waiting.get() for _ in range(self.waiting.qsize())]
+            rows, places = zip(*batch, strict=True)
+            for place, outcome in zip(places, self.commit(rows), strict=True):
+                place.put(outcome)
+
+    def commit(self, rows: Sequence[str]) -> list[str | HTTPError]:
+        """Store a batch of messages, all together or, lest one's failure fail another, each alone."""
+        try:
+            outcomes = self.write(rows)
             self.trouble = None
+            return outcomes
         except Exception as error:
-            self.trouble = (time.monotonic(), error)
-            for message in batch:
-                message.outcome = error
-                if len(batch) > 1:
-                    self.commit([message])
+            self.trouble = (time.monotonic(), unavailable(f"the database is not available: {error}"))
+            if len(rows) > 1:
+                return [self.commit([row])[0] for row in rows]
+            return [self.trouble[1]]
 
-    def write(self, batch: list[Message]) -> None:
-        """Apply a batch in one transaction, then tell each message what became of it."""
-        unique: dict[tuple[str, int], Message] = {}
-        for message in batch:
-            unique.setdefault((message.channel, message.number), message)
-        arrived = {"batch": f"[{','.join([message.row for message in unique.values()])}]"}
-        with self.lend() as connection:
-            self.begin(connection)
-            before = connection.total_changes
-            connection.execute(UPSERT, arrived)
-            all_new = connection.total_changes - before == len(unique)
-            known = [] if all_new else connection.execute(KNOWN, arrived).fetchall()
-            connection.execute(LOG, arrived)
-            connection.execute("COMMIT")
+    def write(self, rows: Sequence[str]) -> list[str]:
+        """Apply a batch by one statement, which is a transaction of its own, and return what became of each message."""
+        arrived = {"batch": f"[{','.join(rows)}]", "now": time.time_ns()}
+        writer = self.hasty if self.trouble else self.patient  # after one wait in vain for another process's lock
+        applied = writer.execute(UPSERT, arrived).rowcount
+        known = dict(writer.execute(KNOWN, arrived)) if applied < len(rows) else {}
+        self.verify()
         self.commits += 1
-        keys = list(unique)
-        first = {keys[place]: (kind.decode(), json.loads(content)) for place, kind, content in known}
-        for message in batch:
-            this = (message.type, message.content)
-            that = first.setdefault((message.channel, message.number), this)
-            message.outcome = "applied" if that is this else "duplicate" if that == this else "conflicting"
-
-    def begin(self, connection: sqlite3.Connection) -> None:
-        """Begin to write. Another process's lock is waited for once. Until a commit succeeds again, messages fail at
-        once, as every thread that waits is one that serves no GET."""
-        if self.trouble:
-            connection.execute("PRAGMA busy_timeout = 0")
-        connection.execute("BEGIN IMMEDIATE")
-        if self.trouble:
-            connection.execute(f"PRAGMA busy_timeout = {LOCK_PATIENCE * 1000}")
+        return [known.get(place, b"applied").decode() for place in range(len(rows))]
 
     def close(self) -> None:
         """Close every connection; the last one folds the write-ahead log into the file (sqlite.org/wal.html)."""
-        for connection in (*self.idle, self.anchor):
+        for connection in (self.patient, self.hasty, *(self.readers.get() for _ in range(READERS))):
             connection.close()
 
 
 # HTTP #################################################################################################################
 
-METRICS = {  # for Prometheus; no name begins with another one
-    "rockets_messages_total": ("counter", "Messages posted, by what became of them."),
-    "rockets_commits_total": ("counter", "Transactions; each stores all the messages that wait at that moment."),
-    "rockets_post_duration_seconds": ("histogram", "Time from the headers of a POST to its answer."),
-    "rockets_fleet": ("gauge", "Rockets, by status."),
-    "rockets_missing_messages": ("gauge", "Messages not received although a later one of their rocket was."),
-    "rockets_build_info": ("gauge", "The version that runs."),
-    "process_start_time_seconds": ("gauge", "When the service started, in seconds since 1970."),
-}
-OUTCOMES = ("applied", "duplicate", "conflicting", "rejected", "failed")
 BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, float("inf"))  # seconds
+SAFE = {"X-Content-Type-Options": "nosniff"}  # keeps browsers from taking JSON for a page
+OPEN = SAFE | {"Access-Control-Allow-Origin": "*"}  # lets every page read what a GET answers
 
 
 def read_query(rules: dict[str, Rule], **defaults: Any) -> dict:
@@ -505,24 +445,18 @@ def read_query(rules: dict[str, Rule], **defaults: Any) -> dict:
     return defaults | read_fields(query, {name: rule for name, rule in rules.items() if name in query})
 
 
-def answer(body: bytes | None, content_type: str = "application/json", **headers: str) -> bytes:
+def answer(body: bytes | None, content_type: str = "application/json") -> bytes:
     """Answer a GET: 404 for no body, 304 if the client has this one already (RFC 9110, section 13.1.2), or else 200."""
     if body is None:
         raise HTTPError(404, "no message has come on this channel")
     tag = f'"{hashlib.blake2b(body, digest_size=12).hexdigest()}"'
-    protect()
-    response.headers.update({"Content-Type": content_type, "ETag": tag, "Cache-Control": "no-cache"} | headers)
+    headers = OPEN | {"Content-Type": content_type, "ETag": tag, "Cache-Control": "no-cache"}
+    for name, value in headers.items():
+        response.set_header(name, value)
     held = request.environ.get("HTTP_IF_NONE_MATCH", "")
     if held == "*" or tag in re.findall('"[^"]*"', held):
         response.status = 304
     return body + b"\n"
-
-
-def protect() -> None:
-    """Keep browsers from taking JSON for a page, and let every page read what a GET answers."""
-    response.headers["X-Content-Type-Options"] = "nosniff"
-    if request.method != "POST":
-        response.headers["Access-Control-Allow-Origin"] = "*"
 
 
 def problem(error: HTTPError) -> str:
@@ -531,8 +465,7 @@ def problem(error: HTTPError) -> str:
     if error.status_code == 405:
         response.headers["Allow"] = allow = response.headers["Allow"].replace("GET", "GET,HEAD")
         detail = f"{request.path} takes {allow}, not {request.method}"
-    response.content_type = "application/problem+json"
-    protect()
+    response.headers.update((SAFE if request.method == "POST" else OPEN) | {"Content-Type": "application/problem+json"})
     return json.dumps({"title": HTTP_CODES[error.status_code], "status": error.status_code, "detail": detail}) + "\n"
 
 
@@ -540,25 +473,17 @@ def create_app(store: Store) -> Bottle:
     """Return the service on top of a store, as a WSGI application."""
     app = Bottle()
     app.default_error_handler = problem
-    page, description = [(STATIC / name).read_bytes().strip() for name in ("dashboard.html", "openapi.json")]
-    inline = re.findall(rb"(?s)<(?:script|style)>(.*?)</", page)
-    hashes = " ".join(f"'sha256-{b64encode(hashlib.sha256(code).digest()).decode()}'" for code in inline)
-    policy = f"default-src 'none'; script-src {hashes}; style-src {hashes}; connect-src 'self'; img-src data:; "
-    policy += "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'"
+    page, description = [(STATIC / name).read_bytes() for name in ("dashboard.html", "openapi.json")]
+    json_type = SAFE | {"Content-Type": "application/json"}
+    applied, duplicate = [
+        HTTPResponse(f'{{"status": "{status}"}}\n', 202, json_type) for status in ("applied", "duplicate")
+    ]
     started = time.time()
     counting = threading.Lock()
-    outcomes = dict.fromkeys(OUTCOMES, 0)
-    durations = [0] * len(BUCKETS)
-    spent = 0.0
+    outcomes = dict.fromkeys(("applied", "duplicate", "conflicting", "rejected", "failed"), 0)
+    durations, spent = [0] * len(BUCKETS), 0.0
 
-    def count(outcome: str, seconds: float) -> None:
-        nonlocal spent
-        with counting:
-            outcomes[outcome] += 1
-            durations[bisect_left(BUCKETS, seconds)] += 1
-            spent += seconds
-
-    def receive() -> Message:
+    def receive() -> str:
         environ = request.environ
         site, origin = environ.get("HTTP_SEC_FETCH_SITE"), environ.get("HTTP_ORIGIN")
         if site is None and origin:  # as browsers have it on plain HTTP to another machine
@@ -571,27 +496,27 @@ def create_app(store: Store) -> Bottle:
         return parse_message(body)
 
     @app.post("/messages")
-    def post_message() -> str:
+    def post_message() -> HTTPResponse:
+        nonlocal spent
         began, outcome = time.perf_counter(), "rejected"
         try:
-            message = receive()
+            row = receive()
             outcome = "failed"
-            store.apply(message)
-            outcome = message.outcome
+            outcome = store.apply(row)
         finally:
-            count(outcome, time.perf_counter() - began)
+            seconds = time.perf_counter() - began
+            with counting:
+                outcomes[outcome] += 1
+                durations[bisect_left(BUCKETS, seconds)] += 1
+                spent += seconds
         if outcome == "conflicting":
-            log.warning("the first message of this number stands; a different one was ignored: %a", message.row)
-        protect()
-        response.status = 202
-        response.content_type = "application/json"
-        return '{"status": "applied"}\n' if outcome == "applied" else '{"status": "duplicate"}\n'
+            log.warning("the first message of this number stands; a different one was ignored: %a", row)
+        return applied if outcome == "applied" else duplicate
 
     @app.get("/rockets")
     def get_rockets() -> bytes:
-        query = read_query(
-            LIST_QUERY, sort="channel", order="asc", status=None, type=None, mission=None, limit=-1, offset=0
-        )
+        query = {"sort": "channel", "order": "asc", "status": None, "type": None, "mission": None}
+        query |= {"limit": -1, "offset": 0} | read_query(LIST_QUERY)
         return answer(store.read(ROCKETS[query.pop("sort"), query.pop("order")], **query))
 
     @app.get("/rockets/<channel>")
@@ -600,30 +525,36 @@ def create_app(store: Store) -> Bottle:
 
     @app.get("/rockets/<channel>/messages")
     def get_history(channel: str) -> bytes:
-        query = read_query(HISTORY_QUERY, after=0, limit=1000) | read_fields({"channel": channel}, {"channel": CHANNEL})
-        return answer(store.read(HISTORY, **query))
+        query = read_fields({"channel": channel}, {"channel": CHANNEL}) | {"after": 0, "limit": 1000}
+        return answer(store.read(HISTORY, **query | read_query(HISTORY_QUERY)))
 
     @app.get("/health")
     def get_health() -> bytes:
-        trouble = store.trouble
-        if trouble and time.monotonic() < trouble[0] + TROUBLE_SHOWN:
-            raise trouble[1].with_traceback(None)
+        if store.trouble and time.monotonic() < store.trouble[0] + TROUBLE_SHOWN:
+            raise store.trouble[1]
         return answer(store.read(HEALTH))
 
     @app.get("/metrics")
     def get_metrics() -> bytes:
+        fleet = json.loads(store.read(FLEET))
+        missing = fleet.pop("missing")
         with counting:
-            samples = {f'rockets_messages_total{{outcome="{outcome}"}}': n for outcome, n in outcomes.items()}
+            posted = {f'{{outcome="{outcome}"}}': n for outcome, n in outcomes.items()}
             reached = list(accumulate(durations))
-            samples |= {"rockets_post_duration_seconds_sum": spent, "rockets_post_duration_seconds_count": reached[-1]}
-        for bound, n in zip(BUCKETS, reached, strict=True):
-            samples[f'rockets_post_duration_seconds_bucket{{le="{bound:g}"}}'.replace("inf", "+Inf")] = n
-        samples |= json.loads(store.read(FLEET)) | {"rockets_commits_total": store.commits}
-        samples |= {f'rockets_build_info{{version="{VERSION}"}}': 1, "process_start_time_seconds": started}
+            took = {f'_bucket{{le="{bound:g}"}}': n for bound, n in zip(BUCKETS, reached, strict=True)}
+            took |= {"_sum": spent, "_count": reached[-1]}
         lines = []
-        for name, (kind, meaning) in METRICS.items():
+        for name, kind, meaning, samples in (
+            ("rockets_messages_total", "counter", "Messages posted, by what became of them.", posted),
+            ("rockets_commits_total", "counter", "Transactions; messages that wait share one.", {"": store.commits}),
+            ("rockets_post_duration_seconds", "histogram", "Time from the headers of a POST to its answer.", took),
+            ("rockets_fleet", "gauge", "Rockets, by status.", {f'{{status="{s}"}}': n for s, n in fleet.items()}),
+            ("rockets_missing_messages", "gauge", "Messages that later ones show to be missing.", {"": missing}),
+            ("rockets_build_info", "gauge", "The version that runs.", {f'{{version="{VERSION}"}}': 1}),
+            ("process_start_time_seconds", "gauge", "When the service started, since 1970.", {"": started}),
+        ):
             lines += [f"# HELP {name} {meaning}", f"# TYPE {name} {kind}"]
-            lines += [f"{sample} {value}" for sample, value in samples.items() if sample.startswith(name)]
+            lines += [f"{name}{label} {value}".replace('"inf"', '"+Inf"') for label, value in samples.items()]
         return answer("\n".join(lines).encode(), "text/plain; version=0.0.4; charset=utf-8")
 
     @app.get("/openapi.json")
@@ -632,7 +563,7 @@ def create_app(store: Store) -> Bottle:
 
     @app.get("/")
     def get_dashboard() -> bytes:
-        return answer(page, "text/html; charset=utf-8", **{"Content-Security-Policy": policy})
+        return answer(page, "text/html; charset=utf-8")
 
     return app
 
@@ -661,32 +592,54 @@ def serve(app: Bottle, sockets: list[socket.socket], threads: int, greeting: str
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     sys.setswitchinterval(SWITCH_INTERVAL)
-    channels: dict[int, Any] = {}
+    channels: dict[int, Any] = {}  # waitress's listeners and connections, by file number
     # Beyond its own limit of a body, waitress answers 413 by itself, in plain text.
     limits = {"connection_limit": 1000, "max_request_body_size": 2 * MAX_BODY}
     server = waitress.create_server(app, map=channels, sockets=sockets, threads=threads, ident="rockets", **limits)
+    poller, stirred = select.poll(), set()
+
+    def turn() -> None:
+        """Wait for events and let waitress handle them. Its own loop asks every connection at every turn what it waits
+        for, so that idle ones slow down all; this one asks those that something has happened to."""
+        for number in tuple(stirred):
+            channel = channels.get(number)
+            if channel is None or not (channel.accepting or getattr(channel, "requests", None)):
+                stirred.discard(number)
+            if channel is None:
+                poller.unregister(number)
+            else:
+                reads, writes = channel.readable() and select.POLLIN, channel.writable() and select.POLLOUT
+                poller.register(number, reads | writes)
+        for number, events in poller.poll(200):
+            if number in channels:
+                wasyncore.readwrite(channels[number], events)
+            stirred.update((number, next(reversed(channels))))  # the newest one, if this was a listener
+
     print(greeting, flush=True)
     while not stop.is_set():
-        wasyncore.loop(timeout=0.2, use_poll=True, map=channels, count=1)  # select() can't watch so many connections
+        stirred.update(channels)  # all of them once a second, for waitress's timeouts
+        second = time.monotonic() + 1
+        while not stop.is_set() and time.monotonic() < second:
+            turn()
     for listener in [channel for channel in channels.values() if channel.accepting]:
         wasyncore.dispatcher.close(listener)
     deadline, busy = time.monotonic() + DRAIN_PATIENCE, True
     while busy and time.monotonic() < deadline:
-        wasyncore.loop(timeout=0.05, use_poll=True, map=channels, count=1)
+        stirred.update(channels)
+        turn()
         busy = any(getattr(c, "requests", 0) or getattr(c, "request", 0) or c.writable() for c in channels.values())
     server.task_dispatcher.shutdown(timeout=0.5)
 
 
 def main() -> None:
     """Read the command line and the environment, and serve."""
-    environ = os.environ.get
     parser = argparse.ArgumentParser(
         description=__doc__.partition("\n")[0],
         epilog="HOST, PORT and DATABASE in the environment stand in for the options.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.error = lambda text: sys.exit(f"rockets: {text}")  # one line, as for everything else that can't work
-    option = parser.add_argument
+    option, environ = parser.add_argument, os.environ.get
     option("--host", default=environ("HOST", "localhost"), help="address to listen on; localhost is all loopback ones")
     option("--port", type=int, default=environ("PORT", "8088"), help="port to listen on; 0 takes any free one")
     option("--database", metavar="FILE", default=environ("DATABASE", "rockets.db"), help="SQLite file to keep all in")
@@ -708,8 +661,8 @@ def main() -> None:
         sys.exit(f"rockets: {error}")
     app = create_app(store)
     if args.verbose:
-        asked = operator.itemgetter("REQUEST_METHOD", "REQUEST_URI")
-        app.add_hook("after_request", lambda: log.info("%d %s %a", response.status_code, *asked(request.environ)))
+        line = "{0.remote_addr} {0.method} {0.path}"
+        app.add_hook("after_request", lambda: log.info("%d %a", response.status_code, line.format(request)))
     host = f"[{args.host}]" if ":" in args.host else args.host
     where = f"http://{host}:{sockets[0].getsockname()[1]}"
     holds = f"{args.database} holds {found['rockets']} rockets and {found['messages']} messages"

@@ -145,11 +145,10 @@ def fill(store, messages: Iterator[dict], count: int) -> set[str]:
     channels = set()
     for done in range(0, count, FILLING):
         batch = islice(messages, min(FILLING, count - done))
-        parsed = [rockets.parse_message(json.dumps(message).encode()) for message in batch]
-        store.commit(parsed)
-        if any(message.outcome != "applied" for message in parsed):
-            sys.exit(f"bench: not every message was applied while {store.path} was filled")
-        channels |= {message.channel for message in parsed}
+        rows = [rockets.parse_message(json.dumps(message).encode()) for message in batch]
+        if set(store.commit(rows)) != {"applied"}:
+            sys.exit("bench: not every message was applied while a database was filled")
+        channels |= {json.loads(row)[0] for row in rows}
     return channels
 
 
@@ -194,9 +193,9 @@ def measure_growth(folder: Path, port: int) -> Iterator[Row]:
         stores.append((store, messages, []))
     for _ in range(APPLIED):
         for store, messages, times in stores:
-            message = rockets.parse_message(json.dumps(next(messages)).encode())
+            row = rockets.parse_message(json.dumps(next(messages)).encode())
             began = time.perf_counter()
-            store.apply(message)
+            store.apply(row)
             times.append(time.perf_counter() - began)
     for store, _, _ in stores:
         store.close()
