@@ -625,7 +625,6 @@ def serve(app: Bottle, sockets: list[socket.socket], threads: int, greeting: str
         wasyncore.dispatcher.close(listener)
     deadline, busy = time.monotonic() + DRAIN_PATIENCE, True
     while busy and time.monotonic() < deadline:
-        stirred.update(channels)
         turn()
         busy = any(getattr(c, "requests", 0) or getattr(c, "request", 0) or c.writable() for c in channels.values())
     server.task_dispatcher.shutdown(timeout=0.5)

@@ -22,13 +22,14 @@ import urllib.error
 import urllib.request
 import uuid
 from collections import Counter
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
 from webtest import TestApp
 
 import rockets
+import tools.launch as launch_tool
 
 CHANNEL = "193270a9-c9cf-404a-8f83-838e71d9ae67"
 SERVICE = Path(rockets.__file__)
@@ -1193,6 +1194,31 @@ def test_a_full_disk_is_a_503_that_leaves_nothing_half_written(file):
         assert process.request("/health") == (200, {"status": "ok", "rockets": 1, "messages": 2})
 
 
+@pytest.mark.skipif(os.getuid() != 0, reason="only root may mount a disk")
+def test_a_disk_without_room_takes_messages_again_once_it_has_room(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("this machine lets nobody mount a disk")
+    try:
+        with Process(disk / "rockets.db") as process:
+            assert process.request("/messages", launch(1))[0] == 202
+            ballast = disk / "ballast"
+            with pytest.raises(OSError), open(ballast, "wb", buffering=0) as file:
+                while True:
+                    file.write(bytes(4096))
+            statuses = [process.request("/messages", launch(number, pad="x" * 9000))[0] for number in range(2, 5)]
+            assert statuses == [503] * 3
+            assert process.request(f"/rockets/{CHANNEL}") == (200, fold([launch(1)]))
+            assert process.request("/health")[0] == 503
+            ballast.unlink()
+            assert process.request("/messages", launch(2, pad="x" * 9000)) == (202, {"status": "applied"})
+            assert process.request(f"/rockets/{CHANNEL}") == (200, fold([launch(1), launch(2)]))
+            assert process.request("/health") == (200, {"status": "ok", "rockets": 1, "messages": 2})
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
 def test_a_message_that_does_not_fit_fails_no_other_of_its_batch(file):
     store = rockets.Store(str(file), places=1)
     rows = [rockets.parse_message(json.dumps(faster(n, 1)).encode()) for n in range(1, 4)]
@@ -1216,8 +1242,8 @@ def test_a_database_that_is_gone_is_a_503_until_it_is_back(file, way, suffix):
             moved.write_bytes(aside.read_bytes())
         assert process.request("/messages", faster(2, 5))[0] == 503
         assert [process.request(path)[0] for path in ("/rockets", f"/rockets/{CHANNEL}", "/health")] == [503] * 3
-        aside.rename(moved)
-        assert process.request("/messages", faster(2, 5))[0] == 202
+        aside.rename(moved)  # and with it the message, which was stored before it was found that the file is gone
+        assert process.request("/messages", faster(2, 5)) == (202, {"status": "duplicate"})
         assert process.request(f"/rockets/{CHANNEL}") == (200, fold([launch(1), faster(2, 5)]))
 
 
@@ -1332,20 +1358,49 @@ def test_a_request_in_the_body_of_another_is_not_served(file):
 
 def test_a_burst_over_many_connections_is_answered_without_a_5xx(file):
     with Process(file) as process:
-        numbers = iter(range(1, 1001))
-        statuses = Counter()
+        sender = launch_tool.Sender(process.url, concurrency=200)
+        bodies = (json.dumps(faster(number, 1)).encode() for number in range(1, 5001))
+        sender.run(launch_tool.http_request("POST", process.url + "/messages", body) for body in bodies)
+        assert (len(sender.latencies), sender.retries) == (5000, {})
+        assert process.request("/health")[1]["messages"] == 5000
 
-        def deliver():
-            for number in numbers:
-                statuses[process.request("/messages", faster(number, 1), timeout=30)[0]] += 1
 
-        threads = [threading.Thread(target=deliver) for _ in range(100)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert statuses == {202: 1000}
-        assert process.request("/health")[1]["messages"] == 1000
+def test_a_crowd_of_idle_slow_and_deaf_connections_keeps_nobody_out(file):
+    with Process(file) as process, ExitStack() as crowd:
+
+        def connect():
+            connection = socket.create_connection(("127.0.0.1", int(process.url.rpartition(":")[2])))
+            return crowd.enter_context(connection)
+
+        def files():
+            return len(os.listdir(f"/proc/{process.popen.pid}/fd"))
+
+        for number in range(1, 101):
+            assert process.request("/messages", launch(number, pad="x" * 10_000))[0] == 202
+        before = files()
+        for place in range(600):
+            connect().sendall(http(b" ", "Content-Length: 9\r\n") if place % 4 == 0 else b"")
+        deaf = connect()
+        deaf.setblocking(False)
+        ask = f"GET /rockets/{CHANNEL}/messages HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
+        deaf.send(ask * 100)  # 100 MB of answers
+        for number in range(101, 151):
+            assert process.request("/messages", faster(number, 1), timeout=2)[0] == 202
+            assert process.request(f"/rockets/{CHANNEL}", timeout=2)[1]["lastMessageNumber"] == number
+        assert files() < before + 600 + 20
+        assert resident(process) < 100
+        crowd.close()
+        for _ in range(100):
+            if files() <= before:
+                break
+            time.sleep(0.1)
+        assert files() <= before
+
+
+def resident(process):
+    """Return the MiB of memory that a service holds."""
+    status = Path(f"/proc/{process.popen.pid}/status").read_text()
+    return int(re.search(r"VmRSS:\s*(\d+)", status)[1]) / 1024
 
 
 def test_no_mutation_of_a_message_or_a_query_is_a_5xx_or_counts_unaccepted(app, caplog, capfd):
