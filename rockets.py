@@ -655,10 +655,9 @@ def main() -> None:
             raise OSError(f"SQLite {sqlite3.sqlite_version} is too old, at least {OLDEST_SQLITE} is needed")
         sockets = listen(args.host, args.port)
         store = Store(args.database, max(1, args.threads - SPARE_THREADS), args.reset)
-        found = json.loads(store.read(HEALTH))
+        app, found = create_app(store), json.loads(store.read(HEALTH))
     except (OSError, OverflowError, UnicodeError) as error:  # of a port above 65,535, of a host that can't be
         sys.exit(f"rockets: {error}")
-    app = create_app(store)
     if args.verbose:
         line = "{0.remote_addr} {0.method} {0.path}"
         app.add_hook("after_request", lambda: log.info("%d %a", response.status_code, line.format(request)))
