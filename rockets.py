@@ -184,7 +184,7 @@ FROM (SELECT * FROM messages WHERE channel = :channel AND number > :after ORDER 
 HEALTH = "SELECT json_object('status', 'ok', 'rockets', count(*), 'messages', ifnull(sum(messages), 0)) FROM rockets"
 FLEET = f"""
 SELECT json_object({", ".join(f"'{status}', count(*) FILTER (WHERE status = '{status}')" for status in STATUSES)},
-                   'missing', ifnull(sum(missing_messages), 0)) FROM rockets"""
+                   'missing', CAST(total(missing_messages) AS INTEGER)) FROM rockets"""  # sum() fails beyond 2**63
 
 # Messages #############################################################################################################
 

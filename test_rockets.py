@@ -678,6 +678,12 @@ def test_metrics_count_what_became_of_every_message(app, file):
     assert 0 <= time.time() - metrics["process_start_time_seconds"] < 60
 
 
+def test_metrics_add_up_any_number_of_missing_messages(app):
+    for number in range(1025):
+        post(app, faster(2**53 - 1, 1, channel=str(uuid.UUID(int=number))))
+    assert read_metrics(app)["rockets_missing_messages"] >= 2**63 - 1  # more is not shown
+
+
 def test_metrics_sort_post_durations_into_buckets(app):
     for number in range(1, 8):
         post(app, faster(number, 1))
