@@ -474,6 +474,7 @@ def create_app(store: Store) -> Bottle:
     app = Bottle()
     app.default_error_handler = problem
     page, description = [(STATIC / name).read_bytes() for name in ("dashboard.html", "openapi.json")]
+    metrics = (STATIC / "metrics.txt").read_text().rstrip()
     json_type = SAFE | {"Content-Type": "application/json"}
     applied, duplicate = [
         HTTPResponse(f'{{"status": "{status}"}}\n', 202, json_type) for status in ("applied", "duplicate")
@@ -536,26 +537,11 @@ def create_app(store: Store) -> Bottle:
 
     @app.get("/metrics")
     def get_metrics() -> bytes:
-        fleet = json.loads(store.read(FLEET))
-        missing = fleet.pop("missing")
         with counting:
-            posted = {f'{{outcome="{outcome}"}}': n for outcome, n in outcomes.items()}
-            reached = list(accumulate(durations))
-            took = {f'_bucket{{le="{bound:g}"}}': n for bound, n in zip(BUCKETS, reached, strict=True)}
-            took |= {"_sum": spent, "_count": reached[-1]}
-        lines = []
-        for name, kind, meaning, samples in (
-            ("rockets_messages_total", "counter", "Messages posted, by what became of them.", posted),
-            ("rockets_commits_total", "counter", "Transactions; messages that wait share one.", {"": store.commits}),
-            ("rockets_post_duration_seconds", "histogram", "Time from the headers of a POST to its answer.", took),
-            ("rockets_fleet", "gauge", "Rockets, by status.", {f'{{status="{s}"}}': n for s, n in fleet.items()}),
-            ("rockets_missing_messages", "gauge", "Messages that later ones show to be missing.", {"": missing}),
-            ("rockets_build_info", "gauge", "The version that runs.", {f'{{version="{VERSION}"}}': 1}),
-            ("process_start_time_seconds", "gauge", "When the service started, since 1970.", {"": started}),
-        ):
-            lines += [f"# HELP {name} {meaning}", f"# TYPE {name} {kind}"]
-            lines += [f"{name}{label} {value}".replace('"inf"', '"+Inf"') for label, value in samples.items()]
-        return answer("\n".join(lines).encode(), "text/plain; version=0.0.4; charset=utf-8")
+            values = outcomes | dict(zip(map("le {:g}".format, BUCKETS), accumulate(durations), strict=True))
+            values |= {"spent": spent, "commits": store.commits, "started": started, "version": VERSION}
+        values |= json.loads(store.read(FLEET))
+        return answer((metrics % values).encode(), "text/plain; version=0.0.4; charset=utf-8")
 
     @app.get("/openapi.json")
     def get_openapi() -> bytes:

@@ -688,7 +688,9 @@ def test_metrics_sort_post_durations_into_buckets(app):
     for number in range(1, 8):
         post(app, faster(number, 1))
     metrics = read_metrics(app)
-    buckets = [value for name, value in metrics.items() if name.startswith("rockets_post_duration_seconds_bucket")]
+    bucket = 'rockets_post_duration_seconds_bucket{le="%s"}'
+    buckets = [metrics[bucket % f"{bound:g}".replace("inf", "+Inf")] for bound in rockets.BUCKETS]
+    assert len(buckets) == sum(name.startswith("rockets_post_duration_seconds_bucket") for name in metrics)
     assert buckets == sorted(buckets)
     assert buckets[-1] == metrics['rockets_post_duration_seconds_bucket{le="+Inf"}'] == 7
     assert metrics["rockets_post_duration_seconds_count"] == 7
