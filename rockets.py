@@ -450,9 +450,7 @@ def answer(body: bytes | None, content_type: str = "application/json") -> bytes:
     if body is None:
         raise HTTPError(404, "no message has come on this channel")
     tag = f'"{hashlib.blake2b(body, digest_size=12).hexdigest()}"'
-    headers = OPEN | {"Content-Type": content_type, "ETag": tag, "Cache-Control": "no-cache"}
-    for name, value in headers.items():
-        response.set_header(name, value)
+    response.headers.update(OPEN | {"Content-Type": content_type, "ETag": tag, "Cache-Control": "no-cache"})
     held = request.environ.get("HTTP_IF_NONE_MATCH", "")
     if held == "*" or tag in re.findall('"[^"]*"', held):
         response.status = 304
