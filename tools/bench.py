@@ -13,6 +13,7 @@ import http.client
 import json
 import os
 import platform
+import re
 import sqlite3
 import statistics
 import subprocess
@@ -20,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import date
 from itertools import islice
 from pathlib import Path
@@ -76,24 +77,21 @@ def serve_ceiling(arguments: list[str]) -> None:
 
 
 @contextmanager
-def running(program: list[str], port: int, database: Path) -> Iterator[tuple[str, int, float]]:
+def running(program: list[str], database: Path, port: int = 0) -> Iterator[tuple[str, int, float]]:
     """Run a server in the background. Yield its URL, its process id, and the seconds until /health answered."""
     began = time.perf_counter()
     command = [sys.executable, *program, "--host=127.0.0.1", f"--port={port}", f"--database={database}"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
-        url = f"http://127.0.0.1:{port}"
-        while True:
-            with suppress(OSError):
-                get(url, "/health")
-                break
-            if process.poll() is not None or time.perf_counter() > began + PATIENCE:
-                sys.exit(f"bench: {' '.join(command)} does not start")
-            time.sleep(0.005)
-        yield url, process.pid, time.perf_counter() - began
+        listens = re.search(r"http://[0-9.:]+", process.stdout.readline())
+        if not listens:
+            sys.exit(f"bench: {' '.join(command)} does not start")
+        get(listens[0], "/health")
+        yield listens[0], process.pid, time.perf_counter() - began
     finally:
         process.terminate()
         process.wait(PATIENCE)
+        process.stdout.close()
 
 
 def get(url: str, path: str) -> bytes:
@@ -167,11 +165,11 @@ def sync_times(folder: Path) -> list[float]:
 # Rows #################################################################################################################
 
 
-def measure_post(folder: Path, port: int) -> Iterator[Row]:
+def measure_post(folder: Path) -> Iterator[Row]:
     messages = launch.fly(SEED)
     with (
-        running([str(SERVICE)], port, folder / "post.db") as (service, *_),
-        running([__file__, "ceiling"], port + 1, folder / "ceiling.db") as (ceiling, *_),
+        running([str(SERVICE)], folder / "post.db") as (service, *_),
+        running([__file__, "ceiling"], folder / "ceiling.db") as (ceiling, *_),
     ):
         for concurrency, goal in ((3, 0.70), (20, 0.65)):
             pairs = []
@@ -182,7 +180,7 @@ def measure_post(folder: Path, port: int) -> Iterator[Row]:
             yield f"durable POST, {concurrency} at a time", compared(warm), f"at least {goal:.2f}, better 0.80"
 
 
-def measure_growth(folder: Path, port: int) -> Iterator[Row]:
+def measure_growth(folder: Path) -> Iterator[Row]:
     import rockets
 
     stores = []
@@ -212,13 +210,13 @@ def measure_growth(folder: Path, port: int) -> Iterator[Row]:
     yield f"size on disk, {LARGE:,} stored", f"{size:.0f} bytes a message", "at most 200"
     starts = []
     for _ in range(STARTS):
-        with running([str(SERVICE)], port, folder / f"{LARGE}.db") as (_, _, seconds):
+        with running([str(SERVICE)], folder / f"{LARGE}.db") as (_, _, seconds):
             starts.append(seconds)
     yield f"start, {LARGE:,} stored, until `/health` answers", f"{statistics.median(starts):.2f} s", "under 1 s"
 
 
-def measure_memory(folder: Path, port: int) -> Iterator[Row]:
-    with running([str(SERVICE)], port, folder / "memory.db") as (url, process, _):
+def measure_memory(folder: Path) -> Iterator[Row]:
+    with running([str(SERVICE)], folder / "memory.db") as (url, process, _):
         messages = launch.fly(SEED)
         sender = launch.Sender(url, concurrency=20)
         bodies = (json.dumps(message).encode() for message in islice(messages, FLIGHT))
@@ -228,7 +226,7 @@ def measure_memory(folder: Path, port: int) -> Iterator[Row]:
     yield f"peak memory over {FLIGHT:,} messages, 20 at a time", f"{peak:.0f} MiB", "at most 64 MiB"
 
 
-def measure_lists(folder: Path, port: int) -> Iterator[Row]:
+def measure_lists(folder: Path) -> Iterator[Row]:
     import rockets
 
     path = "/rockets?sort=speed&order=desc"
@@ -240,7 +238,7 @@ def measure_lists(folder: Path, port: int) -> Iterator[Row]:
             while len(seen) < size:
                 seen |= fill(store, messages, 1000)
         store.close()
-        with running([str(SERVICE)], port, database) as (url, *_):
+        with running([str(SERVICE)], database) as (url, *_):
             alone = latencies(url, path)
             sending = [sys.executable, launch.__file__, f"{url}/messages", f"--seed={SEED}", "--no-verify"]
             sender = subprocess.Popen(sending, stdout=subprocess.DEVNULL)
@@ -259,15 +257,15 @@ def measure_lists(folder: Path, port: int) -> Iterator[Row]:
         )
 
 
-def measure_rocket(folder: Path, port: int) -> Iterator[Row]:
+def measure_rocket(folder: Path) -> Iterator[Row]:
     import rockets
 
     store = rockets.Store(str(folder / "rocket.db"), 1)
     channel = fill(store, launch.fly(SEED), SMALL).pop()
     store.close()
     with (
-        running([str(SERVICE)], port, folder / "rocket.db") as (service, *_),
-        running([__file__, "ceiling"], port + 1, folder / "ceiling.db") as (ceiling, *_),
+        running([str(SERVICE)], folder / "rocket.db") as (service, *_),
+        running([__file__, "ceiling"], folder / "ceiling.db") as (ceiling, *_),
     ):
         size = len(get(service, f"/rockets/{channel}"))
         rocket = [launch.http_request("GET", f"{service}/rockets/{channel}")] * GETS
@@ -292,7 +290,6 @@ def main() -> None:
     )
     option = parser.add_argument
     option("--only", metavar="ROW", nargs="+", choices=ROWS, default=list(ROWS), help=f"some of {', '.join(ROWS)}")
-    option("--port", metavar="N", type=int, default=8188, help="first of two free ports")
     option("--folder", type=Path, default=Path(), help="where to put the databases; its disk is what counts")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="bench-", dir=args.folder) as name:
@@ -306,7 +303,7 @@ def main() -> None:
             flush=True,
         )
         for name in args.only:
-            for row in ROWS[name](folder, args.port):
+            for row in ROWS[name](folder):
                 print(f"| {' | '.join(row)} |", flush=True)
 
 

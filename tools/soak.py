@@ -93,12 +93,12 @@ def send_while_killed(flight: Flight, database: Path, port: int) -> Iterator[Row
     sending = threading.Thread(target=sender.run, args=(requests(),), daemon=True)
     sending.start()
     for kill in range(KILLS):
-        with bench.running(SERVICE, port, database) as (_, process, _):
+        with bench.running(SERVICE, database, port) as (_, process, _):
             time.sleep(dice.uniform(*LIFE))
             os.kill(process, signal.SIGKILL)
             progress(f"{kill + 1} of {KILLS} kills, {flight.sent:,} messages")
     survived.set()
-    with bench.running(SERVICE, port, database):
+    with bench.running(SERVICE, database, port):
         while sending.is_alive():
             progress(f"{KILLS} kills, {flight.sent:,} messages")
             sending.join(0.1)
@@ -201,7 +201,7 @@ def main() -> None:
 
         def rows() -> Iterator[Row]:
             yield from send_while_killed(flight, database, args.port)
-            with bench.running(SERVICE, args.port, database) as (url, process, _):
+            with bench.running(SERVICE, database, args.port) as (url, process, _):
                 yield from send_burst(flight, url)
                 yield from send_through_crowd(flight, url, args.port, process)
 
