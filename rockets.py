@@ -95,23 +95,20 @@ PRAGMA user_version = {SCHEMA_VERSION};
 """
 RESET = "DROP TABLE IF EXISTS rockets; DROP TABLE IF EXISTS messages;"
 
-# A batch of messages reaches SQLite as one JSON array: one statement for all costs far less than one for each.
-ARRIVED = """
-WITH arrived AS (
-    SELECT key AS place, value AS row, value ->> 0 AS channel, value ->> 1 AS number,
-           value ->> 2 AS time, value ->> 3 AS utc, value ->> 4 AS type, value -> 5 AS message,
-           value -> 6 AS known
-    FROM json_each(:batch)
-)"""
-
 # In whatever order messages come, and however often, they leave the same row: sums don't depend on order, the lowest
 # or highest number wins whenever it comes, and the WHERE clause lets no number count that the log already holds.
+# A batch comes as one JSON array of the rows that parse_message() makes: one statement costs far less than many.
 UPSERT = f"""
 INSERT INTO rockets (
     channel, arrived, arrived_at, messages, updated_at, updated_utc, last_message_number,
     type, launched_at, launched_utc, launch_speed, launch_number,
     speed_change, mission, mission_number, explosion_reason, explosion_number
-) {ARRIVED}
+)
+WITH arrived AS (
+    SELECT key AS place, value AS row, value ->> 0 AS channel, value ->> 1 AS number, value ->> 2 AS time,
+           value ->> 3 AS utc, value ->> 4 AS type, value -> 6 AS known
+    FROM json_each(:batch)
+)
 SELECT
     channel, row, :now + place, 1, time, utc, number,
     known ->> 'type', iif(type = 'RocketLaunched', time, NULL), iif(type = 'RocketLaunched', utc, NULL),
@@ -142,9 +139,10 @@ WHERE NOT EXISTS (SELECT * FROM messages AS log
                   WHERE log.channel = excluded.channel AND log.number = excluded.last_message_number)"""
 
 # Those that the upsert left out of a batch, as the log held their numbers, perhaps with something else.
-KNOWN = f"""{ARRIVED}
-SELECT place, iif(messages.type = arrived.type AND messages.message = arrived.message, 'duplicate', 'conflicting')
-FROM arrived JOIN messages USING (channel, number) WHERE arrived_at <> :now + place"""
+KNOWN = """
+SELECT key, iif(messages.type = value ->> 4 AND message = value -> 5, 'duplicate', 'conflicting')
+FROM json_each(:batch) JOIN messages ON channel = value ->> 0 AND number = value ->> 1
+WHERE arrived_at <> :now + key"""
 
 STATUSES = ("active", "awaiting_launch", "exploded")
 ORDERS = ("asc", "desc")
@@ -166,7 +164,7 @@ MATCHING = """FROM rockets WHERE status = ifnull(:status, status)
 # One query for each order, made of the tables above alone. Its LIMIT keeps SQLite from dropping the inner ORDER BY.
 ROCKETS = {
     (sort, order): f"""
-SELECT json_object('count', count(*), 'total', (SELECT count(*) {MATCHING}), 'sortBy', '{sort}', 'order', '{order}',
+SELECT json_object('count', count(*), 'total', (SELECT count(*) {MATCHING}), 'sortBy', :sort, 'order', :order,
                    'rockets', json_group_array({ROCKET_JSON}))
 FROM (SELECT * {MATCHING} ORDER BY {column} {order} NULLS LAST, channel LIMIT :limit OFFSET :offset)"""
     for sort, column in SORT_KEYS.items()
@@ -273,7 +271,7 @@ encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", 
 
 
 def parse_message(body: bytes) -> str:
-    """Turn the body of a POST into a row for ARRIVED, as JSON. Raise HTTPError(400), naming the field and its rule."""
+    """Turn the body of a POST into a row for UPSERT, as JSON. Raise HTTPError(400), naming the field and its rule."""
     if body.count(b"{") + body.count(b"[") > MAX_BRACKETS:
         raise HTTPError(400, f"the body must hold at most {MAX_BRACKETS} opening brackets of objects and arrays")
     try:
@@ -516,7 +514,7 @@ def create_app(store: Store) -> Bottle:
     def get_rockets() -> bytes:
         query = {"sort": "channel", "order": "asc", "status": None, "type": None, "mission": None}
         query |= {"limit": -1, "offset": 0} | read_query(LIST_QUERY)
-        return answer(store.read(ROCKETS[query.pop("sort"), query.pop("order")], **query))
+        return answer(store.read(ROCKETS[query["sort"], query["order"]], **query))
 
     @app.get("/rockets/<channel>")
     def get_rocket(channel: str) -> bytes:
