@@ -5,7 +5,7 @@ in every later answer; neither a crash nor a power cut takes it back.
 
 The idea: the state of a rocket is a function of the set of its messages, not of their order. So each message counts as
 soon as it arrives, by one upsert in which speed changes add up while message numbers decide which launch, mission and
-explosion stand. The log of messages, kept by the same statement, saves a redelivery from counting again.
+explosion stand. A log of all messages, written in the same transaction, keeps a redelivery from counting again.
 
     python rockets.py         serves http://localhost:8088 from ./rockets.db; --help lists the options
 """
@@ -23,15 +23,15 @@ import socket
 import sqlite3
 import struct
 import sys
-import threading
 import time
 from bisect import bisect_left
 from collections import namedtuple
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime
-from itertools import accumulate
+from functools import partial
+from itertools import accumulate, islice
 from pathlib import Path
-from queue import Empty, SimpleQueue
 from typing import Any
 from urllib.parse import parse_qsl
 
@@ -48,37 +48,32 @@ MAX_TEXT = 256  # characters
 MAX_SPEED = 2**31 - 1
 MAX_NUMBER = 2**53 - 1  # up to here every JSON parser reads whole numbers exactly (RFC 8259, section 6)
 MAX_PAGE = 10_000  # messages in one answer
-READERS = 4  # connections; Python builds no more answers than that at a time anyway
+MAX_CONNECTIONS = 1000  # at a time; more of them wait in the queue of the system
 LOCK_PATIENCE = 4  # seconds to wait for another process's lock; the sender waits 10 for its answer
-PLACE_PATIENCE = 0.5  # seconds that a POST waits once only SPARE_THREADS are left
-SPARE_THREADS = 4  # serve GETs even while all others wait for the disk
+LOCK_RETRY = 0.02  # seconds between two looks whether it is gone
 TROUBLE_SHOWN = 30  # seconds that /health tells of a failed write, unless another succeeds
 DRAIN_PATIENCE = 4  # seconds after SIGTERM in which requests under way are answered
-SWITCH_INTERVAL = 0.0001  # seconds; with Python's 0.005, a thread back from SQLite waits too long for its turn
+IDLE = 0.2  # seconds between two looks for a signal to stop, while there are no requests
+BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, float("inf"))  # seconds, for /metrics
 
 log = logging.getLogger("rockets")
 
 # SQL ##################################################################################################################
 
-OLDEST_SQLITE = (3, 38, 0)  # the first with STRICT tables and the ->> operator
-SCHEMA_VERSION = 0x524B_0002  # in the header of the file: "RK", which no other program has there, and the version
+OLDEST_SQLITE = (3, 38, 0)  # the first with STRICT tables and JSON built in
+SCHEMA_VERSION = 0x524B_0003  # in the header of the file: "RK", which no other program has there, and the version
 NEVER = MAX_NUMBER + 1  # number of a launch or explosion not known yet; above all others, as the lowest one counts
 
 # launch_number, mission_number and explosion_number are of the messages that the columns before them come from. Columns
-# in _utc are the instants of those in _at, spelled so that ORDER BY sorts them. The triggers write the message that has
-# just arrived to the log, so that the upsert alone is the whole transaction.
-KEEP = """BEGIN INSERT INTO messages SELECT new.channel, new.arrived ->> 1, new.arrived ->> 2, new.arrived ->> 4,
-                                             new.arrived -> 5, new.arrived_at; END"""
+# in _utc are the instants of those in _at, spelled so that ORDER BY sorts them.
 SCHEMA = f"""
 CREATE TABLE IF NOT EXISTS rockets (
-    channel TEXT NOT NULL PRIMARY KEY,
+    channel TEXT NOT NULL PRIMARY KEY, messages INTEGER NOT NULL,
+    updated_at TEXT NOT NULL, updated_utc TEXT NOT NULL, last_message_number INTEGER NOT NULL,
     type TEXT, launched_at TEXT, launched_utc TEXT, launch_speed INTEGER, launch_number INTEGER NOT NULL,
     speed_change INTEGER NOT NULL,
     mission TEXT, mission_number INTEGER NOT NULL,
     explosion_reason TEXT, explosion_number INTEGER NOT NULL,
-    updated_at TEXT NOT NULL, updated_utc TEXT NOT NULL, last_message_number INTEGER NOT NULL,
-    messages INTEGER NOT NULL,
-    arrived TEXT NOT NULL, arrived_at INTEGER NOT NULL,
     missing_messages INTEGER AS (last_message_number - messages),
     speed INTEGER AS (launch_speed + speed_change),
     status TEXT AS (CASE WHEN explosion_reason IS NOT NULL THEN 'exploded'
@@ -87,40 +82,25 @@ CREATE TABLE IF NOT EXISTS rockets (
 ) STRICT, WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS messages (
     channel TEXT NOT NULL, number INTEGER NOT NULL, time TEXT NOT NULL, type TEXT NOT NULL, message TEXT NOT NULL,
-    arrived_at INTEGER NOT NULL, PRIMARY KEY (channel, number)
+    PRIMARY KEY (channel, number)
 ) STRICT, WITHOUT ROWID;
-CREATE TRIGGER IF NOT EXISTS keep_first AFTER INSERT ON rockets {KEEP};
-CREATE TRIGGER IF NOT EXISTS keep_next AFTER UPDATE ON rockets {KEEP};
 PRAGMA user_version = {SCHEMA_VERSION};
 """
 RESET = "DROP TABLE IF EXISTS rockets; DROP TABLE IF EXISTS messages;"
 
 # In whatever order messages come, and however often, they leave the same row: sums don't depend on order, the lowest
 # or highest number wins whenever it comes, and the WHERE clause lets no number count that the log already holds.
-# A batch comes as one JSON array of the rows that parse_message() makes: one statement costs far less than many.
 UPSERT = f"""
-INSERT INTO rockets (
-    channel, arrived, arrived_at, messages, updated_at, updated_utc, last_message_number,
-    type, launched_at, launched_utc, launch_speed, launch_number,
-    speed_change, mission, mission_number, explosion_reason, explosion_number
+INSERT INTO rockets VALUES (
+    :channel, 1,
+    :messageTime, :utc, :messageNumber,
+    :type, iif(:type IS NULL, NULL, :messageTime), iif(:type IS NULL, NULL, :utc), :launchSpeed,
+    iif(:type IS NULL, {NEVER}, :messageNumber),
+    iif(:messageType = 'RocketSpeedDecreased', -1, 1) * ifnull(:by, 0),
+    ifnull(:mission, :newMission), iif(ifnull(:mission, :newMission) IS NULL, 0, :messageNumber),
+    :reason, iif(:reason IS NULL, {NEVER}, :messageNumber)
 )
-WITH arrived AS (
-    SELECT key AS place, value AS row, value ->> 0 AS channel, value ->> 1 AS number, value ->> 2 AS time,
-           value ->> 3 AS utc, value ->> 4 AS type, value -> 6 AS known
-    FROM json_each(:batch)
-)
-SELECT
-    channel, row, :now + place, 1, time, utc, number,
-    known ->> 'type', iif(type = 'RocketLaunched', time, NULL), iif(type = 'RocketLaunched', utc, NULL),
-    known ->> 'launchSpeed', iif(type = 'RocketLaunched', number, {NEVER}),
-    iif(type = 'RocketSpeedDecreased', -1, 1) * ifnull(known ->> 'by', 0),
-    ifnull(known ->> 'mission', known ->> 'newMission'),
-    iif(type IN ('RocketLaunched', 'RocketMissionChanged'), number, 0),
-    known ->> 'reason', iif(type = 'RocketExploded', number, {NEVER})
-FROM arrived WHERE true
 ON CONFLICT (channel) DO UPDATE SET
-    arrived = excluded.arrived,
-    arrived_at = excluded.arrived_at,
     messages = messages + 1,
     updated_at = iif(excluded.last_message_number > last_message_number, excluded.updated_at, updated_at),
     updated_utc = iif(excluded.last_message_number > last_message_number, excluded.updated_utc, updated_utc),
@@ -135,14 +115,11 @@ ON CONFLICT (channel) DO UPDATE SET
     mission_number = max(excluded.mission_number, mission_number),
     explosion_reason = iif(excluded.explosion_number < explosion_number, excluded.explosion_reason, explosion_reason),
     explosion_number = min(excluded.explosion_number, explosion_number)
-WHERE NOT EXISTS (SELECT * FROM messages AS log
-                  WHERE log.channel = excluded.channel AND log.number = excluded.last_message_number)"""
+WHERE NOT EXISTS (SELECT * FROM messages WHERE channel = :channel AND number = :messageNumber)"""
 
-# Those that the upsert left out of a batch, as the log held their numbers, perhaps with something else.
-KNOWN = """
-SELECT key, iif(messages.type = value ->> 4 AND message = value -> 5, 'duplicate', 'conflicting')
-FROM json_each(:batch) JOIN messages ON channel = value ->> 0 AND number = value ->> 1
-WHERE arrived_at <> :now + key"""
+KEEP = "INSERT INTO messages VALUES (:channel, :messageNumber, :messageTime, :messageType, :message)"
+IS_SAME = """
+SELECT type = :messageType AND message = :message FROM messages WHERE channel = :channel AND number = :messageNumber"""
 
 STATUSES = ("active", "awaiting_launch", "exploded")
 ORDERS = ("asc", "desc")
@@ -244,6 +221,7 @@ METADATA = {
     "messageTime": TIME,
     "messageType": one_of(MESSAGE_TYPES),
 }
+UNKNOWN = dict.fromkeys(field for fields in MESSAGE_TYPES.values() for field in fields)
 LIST_QUERY = {"sort": one_of(SORT_KEYS), "order": one_of(ORDERS), "status": one_of(STATUSES), "type": ANY}
 LIST_QUERY |= {"mission": ANY, "limit": up_to(MAX_NUMBER), "offset": up_to(MAX_NUMBER)}
 HISTORY_QUERY = {"after": up_to(MAX_NUMBER), "limit": up_to(MAX_PAGE)}
@@ -270,8 +248,10 @@ decode = json.JSONDecoder(parse_constant=refuse).decode
 encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"), sort_keys=True).encode
 
 
-def parse_message(body: bytes) -> str:
-    """Turn the body of a POST into a row for UPSERT, as JSON. Raise HTTPError(400), naming the field and its rule."""
+def parse_message(body: bytes) -> dict:
+    """Turn the body of a POST into the parameters of UPSERT. Raise HTTPError(400 or 413) that names the broken rule."""
+    if len(body) > MAX_BODY:
+        raise HTTPError(413, f"the body must be at most {MAX_BODY} bytes long")
     if body.count(b"{") + body.count(b"[") > MAX_BRACKETS:
         raise HTTPError(400, f"the body must hold at most {MAX_BRACKETS} opening brackets of objects and arrays")
     try:
@@ -280,14 +260,14 @@ def parse_message(body: bytes) -> str:
         raise HTTPError(400, f"the body must be JSON in UTF-8: {str(error).partition(';')[0]}") from error
     read_fields(envelope, {})
     metadata, content = envelope.get("metadata"), envelope.get("message")
-    channel, number, utc, kind = read_fields(metadata, METADATA, "metadata").values()
-    known = read_fields(content, MESSAGE_TYPES[kind], "message")
+    message = UNKNOWN | read_fields(metadata, METADATA, "metadata")
+    message |= read_fields(content, MESSAGE_TYPES[message["messageType"]], "message")
     try:
-        row = encode([channel, number, metadata["messageTime"], utc, kind, content, known])
-        row.encode()
+        message["message"] = encode(content)
+        message["message"].encode()
     except ValueError as error:
         raise HTTPError(400, f"message must hold finite numbers and whole characters only: {error}") from error
-    return row
+    return message | {"utc": message["messageTime"], "messageTime": metadata["messageTime"]}
 
 
 # Storage ##############################################################################################################
@@ -309,49 +289,35 @@ def inspect(path: str) -> None:
             raise OSError("a part of it is missing")
 
 
-def connect(path: str, mode: str = "rw", patience: float = LOCK_PATIENCE) -> sqlite3.Connection:
-    """Open a connection that waits so many seconds for a lock; mode 'rwc' creates the file (sqlite.org/uri.html)."""
+def connect(path: str, mode: str = "rw") -> sqlite3.Connection:
+    """Open a connection; mode 'rwc' creates the file (sqlite.org/uri.html)."""
     uri = f"{Path(path).absolute().as_uri()}?mode={mode}"
-    connection = sqlite3.connect(uri, timeout=patience, isolation_level=None, check_same_thread=False, uri=True)
+    connection = sqlite3.connect(uri, timeout=LOCK_PATIENCE, isolation_level=None, uri=True)
     connection.text_factory = bytes  # the JSON that SQLite builds goes out as it is
     connection.execute("PRAGMA journal_mode = WAL")  # reading never waits for writing
     connection.execute("PRAGMA synchronous = FULL")  # success is the disk's word; NORMAL may lose the last commits
     return connection
 
 
-def unavailable(why: Any) -> HTTPError:
-    return HTTPError(503, f"{why}; try again, as a message that comes twice counts once", Retry_After="1")
-
-
 class Store:
-    """The rockets and the log of their messages, in one SQLite file, for many threads at once.
+    """The rockets and the log of their messages, in one SQLite file, for the thread that opened it."""
 
-    One thread writes. It stores all messages that wait at that moment with one statement and one disk sync; the next
-    ones gather in the meantime.
-    """
-
-    def __init__(self, path: str, places: int, reset: bool = False):
-        """Open or create the file, with places for so many messages to wait to be stored; reset empties it.
-
-        Raise OSError, and leave the file as it was, if that can't be.
-        """
-        self.places, self.waiting, self.readers = SimpleQueue(), SimpleQueue(), SimpleQueue()
-        self.patience = PLACE_PATIENCE
-        self.trouble: tuple[float, HTTPError] | None = None  # when and why the last commit failed, if it did
-        self.commits = 0
+    def __init__(self, path: str, reset: bool = False):
+        """Open or create the file; reset empties it. Raise OSError, and leave the file as it was, if that can't be."""
         try:
             inspect(path)
-            self.patient, self.hasty = connect(path, "rwc"), connect(path, patience=0)
-            self.patient.executescript(f"BEGIN IMMEDIATE; {RESET if reset else ''} {SCHEMA} COMMIT;")
-            self.patient.execute("PRAGMA wal_checkpoint")  # so that inspect() finds the version in the header
-            for _ in range(READERS):
-                self.readers.put(connect(path))
+            self.writer = connect(path, "rwc")
+            self.writer.executescript(f"BEGIN IMMEDIATE; {RESET if reset else ''} {SCHEMA} COMMIT;")
+            self.writer.execute("PRAGMA wal_checkpoint")  # so that inspect() finds the version in the header
+            self.writer.execute("PRAGMA busy_timeout = 0")  # who waits for a lock must not keep others waiting
+            self.reader = connect(path)  # sees only what is committed
             self.files = {name: os.stat(name) for name in (path, f"{path}-wal")}
         except (sqlite3.Error, OSError) as error:
             raise OSError(f"cannot use {path} as the database: {error}") from error
-        for _ in range(places):
-            self.places.put(SimpleQueue())
-        threading.Thread(target=self.run, daemon=True).start()
+        self.trouble: tuple[float, float, HTTPError] | None = None  # first and last failure since a commit succeeded
+        self.commits, self.durations, self.spent = 0, [0] * len(BUCKETS), 0.0
+        self.outcomes = dict.fromkeys(("applied", "duplicate", "conflicting", "rejected", "failed"), 0)
+        self.posts: list[tuple[str, float]] = []  # outcome and begin of those whose transaction has not ended
 
     def verify(self) -> None:
         """Raise OSError unless the files are those that were opened: what goes to a deleted file is lost."""
@@ -359,76 +325,79 @@ class Store:
             if not os.path.samestat(os.stat(name), opened):
                 raise OSError(f"another file has the name {name}")
 
+    @contextmanager
+    def available(self) -> Iterator[None]:
+        """Turn what SQLite or the system fails with into HTTPError(503)."""
+        try:
+            yield
+        except (sqlite3.Error, OSError) as error:
+            why = f"the database is not available: {error}; try again, as a message that comes twice counts once"
+            raise HTTPError(503, why, Retry_After="1") from error
+
     def read(self, sql: str, **parameters: Any) -> bytes | None:
         """Return the one value that a query yields, or None. Raise HTTPError(503)."""
-        connection = self.readers.get()
-        try:
-            row = connection.execute(sql, parameters).fetchone()
+        with self.available():
+            row = self.reader.execute(sql, parameters).fetchone()
             self.verify()
-        except (sqlite3.Error, OSError) as error:
-            raise unavailable(f"the database is not available: {error}") from error
-        finally:
-            self.readers.put(connection)
         return row and row[0]
 
-    def apply(self, row: str) -> str:
-        """Put a message on disk and return 'applied', 'duplicate' or 'conflicting'.
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """Put on disk what is applied within, all or nothing; be part of the transaction under way, if there is one.
 
         Raise HTTPError(503) if that failed, or may have failed.
         """
+        outermost, changes = not self.writer.in_transaction, self.writer.total_changes
         try:
-            place = self.places.get(timeout=self.patience)
-        except Empty:
-            self.patience = 0  # where one has waited in vain, the next need not
-            raise unavailable("too many messages wait for the disk") from None
-        self.patience = PLACE_PATIENCE
-        self.waiting.put((row, place))
-        outcome = place.get()
-        self.places.put(place)
-        if isinstance(outcome, HTTPError):
-            raise outcome
-        return outcome
-
-    def run(self) -> None:
-        """Store what waits, for ever, and tell the threads that wait for it."""
-        while True:
-            batch = [self.waiting.get()]
-            batch += [self.waiting.get() for _ in range(self.waiting.qsize())]
-            rows, places = zip(*batch, strict=True)
-            for place, outcome in zip(places, self.commit(rows), strict=True):
-                place.put(outcome)
-
-    def commit(self, rows: Sequence[str]) -> list[str | HTTPError]:
-        """Store a batch of messages, all together or, lest one's failure fail another, each alone."""
-        try:
-            outcomes = self.write(rows)
+            with self.available():
+                if outermost:
+                    self.writer.execute("BEGIN IMMEDIATE")
+                yield
+                if outermost:
+                    self.writer.execute("COMMIT")
+                    self.verify()
+        except HTTPError as error:
+            if self.writer.in_transaction:
+                self.writer.execute("ROLLBACK")  # also of what this one is part of, whose COMMIT fails then
+            self.settle(stored=False)
+            now = time.monotonic()
+            self.trouble = self.trouble[0] if self.trouble else now, now, error
+            raise
+        if outermost:
             self.trouble = None
-            return outcomes
-        except Exception as error:
-            self.trouble = (time.monotonic(), unavailable(f"the database is not available: {error}"))
-            if len(rows) > 1:
-                return [self.commit([row])[0] for row in rows]
-            return [self.trouble[1]]
+            self.commits += self.writer.total_changes > changes
+            self.settle(stored=True)
 
-    def write(self, rows: Sequence[str]) -> list[str]:
-        """Apply a batch by one statement, which is a transaction of its own, and return what became of each message."""
-        arrived = {"batch": f"[{','.join(rows)}]", "now": time.time_ns()}
-        writer = self.hasty if self.trouble else self.patient  # after one wait in vain for another process's lock
-        applied = writer.execute(UPSERT, arrived).rowcount
-        known = dict(writer.execute(KNOWN, arrived)) if applied < len(rows) else {}
-        self.verify()
-        self.commits += 1
-        return [known.get(place, b"applied").decode() for place in range(len(rows))]
+    def apply(self, message: dict) -> str:
+        """Count a message, and keep it in the log; return 'applied', 'duplicate' or 'conflicting'."""
+        with self.transaction():
+            if self.writer.execute(UPSERT, message).rowcount:
+                self.writer.execute(KEEP, message)
+                return "applied"
+            return "duplicate" if self.writer.execute(IS_SAME, message).fetchone()[0] else "conflicting"
+
+    def count(self, outcome: str, began: float) -> None:
+        """Count for /metrics what becomes of a POST, as soon as the transaction that it is part of has ended."""
+        self.posts.append((outcome, began))
+        if not self.writer.in_transaction:
+            self.settle(stored=True)
+
+    def settle(self, stored: bool) -> None:
+        for outcome, began in self.posts:
+            self.outcomes[outcome if stored or outcome == "rejected" else "failed"] += 1
+            seconds = time.perf_counter() - began
+            self.durations[bisect_left(BUCKETS, seconds)] += 1
+            self.spent += seconds
+        self.posts.clear()
 
     def close(self) -> None:
-        """Close every connection; the last one folds the write-ahead log into the file (sqlite.org/wal.html)."""
-        for connection in (self.patient, self.hasty, *(self.readers.get() for _ in range(READERS))):
-            connection.close()
+        """Close both connections; the last one folds the write-ahead log into the file (sqlite.org/wal.html)."""
+        self.reader.close()
+        self.writer.close()
 
 
 # HTTP #################################################################################################################
 
-BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, float("inf"))  # seconds
 SAFE = {"X-Content-Type-Options": "nosniff"}  # keeps browsers from taking JSON for a page
 OPEN = SAFE | {"Access-Control-Allow-Origin": "*"}  # lets every page read what a GET answers
 
@@ -455,6 +424,10 @@ def answer(body: bytes | None, content_type: str = "application/json") -> bytes:
     return body + b"\n"
 
 
+def render(status: int, detail: str) -> str:
+    return json.dumps({"title": HTTP_CODES[status], "status": status, "detail": detail}) + "\n"
+
+
 def problem(error: HTTPError) -> str:
     """Render an error as RFC 9457 asks; every error comes through here."""
     detail = error.body
@@ -462,52 +435,40 @@ def problem(error: HTTPError) -> str:
         response.headers["Allow"] = allow = response.headers["Allow"].replace("GET", "GET,HEAD")
         detail = f"{request.path} takes {allow}, not {request.method}"
     response.headers.update((SAFE if request.method == "POST" else OPEN) | {"Content-Type": "application/problem+json"})
-    return json.dumps({"title": HTTP_CODES[error.status_code], "status": error.status_code, "detail": detail}) + "\n"
+    return render(error.status_code, detail)
+
+
+def refuse_other_sites() -> None:
+    """Raise HTTPError(403) if a browser posts for a page of another site."""
+    site, origin = request.environ.get("HTTP_SEC_FETCH_SITE"), request.environ.get("HTTP_ORIGIN")
+    if site is None and origin:  # as browsers have it on plain HTTP to another machine
+        site = "same-origin" if origin.partition("://")[2] == request.environ.get("HTTP_HOST") else "cross-site"
+    if site in ("cross-site", "same-site"):
+        raise HTTPError(403, "a page of another site must not post messages")
 
 
 def create_app(store: Store) -> Bottle:
     """Return the service on top of a store, as a WSGI application."""
     app = Bottle()
     app.default_error_handler = problem
-    page, description = [(STATIC / name).read_bytes() for name in ("dashboard.html", "openapi.json")]
-    metrics = (STATIC / "metrics.txt").read_text().rstrip()
-    json_type = SAFE | {"Content-Type": "application/json"}
+    started, metrics = time.time(), (STATIC / "metrics.txt").read_text().rstrip()
     applied, duplicate = [
-        HTTPResponse(f'{{"status": "{status}"}}\n', 202, json_type) for status in ("applied", "duplicate")
+        HTTPResponse(f'{{"status": "{status}"}}\n', 202, SAFE | {"Content-Type": "application/json"})
+        for status in ("applied", "duplicate")
     ]
-    started = time.time()
-    counting = threading.Lock()
-    outcomes = dict.fromkeys(("applied", "duplicate", "conflicting", "rejected", "failed"), 0)
-    durations, spent = [0] * len(BUCKETS), 0.0
-
-    def receive() -> str:
-        environ = request.environ
-        site, origin = environ.get("HTTP_SEC_FETCH_SITE"), environ.get("HTTP_ORIGIN")
-        if site is None and origin:  # as browsers have it on plain HTTP to another machine
-            site = "same-origin" if origin.partition("://")[2] == environ.get("HTTP_HOST") else "cross-site"
-        if site in ("cross-site", "same-site"):
-            raise HTTPError(403, "a page of another site must not post messages")
-        body = request.body.read(MAX_BODY + 1)
-        if len(body) > MAX_BODY:
-            raise HTTPError(413, f"the body must be at most {MAX_BODY} bytes long")
-        return parse_message(body)
 
     @app.post("/messages")
     def post_message() -> HTTPResponse:
-        nonlocal spent
         began, outcome = time.perf_counter(), "rejected"
         try:
-            row = receive()
+            refuse_other_sites()
+            message = parse_message(request.body.read(MAX_BODY + 1))
             outcome = "failed"
-            outcome = store.apply(row)
+            outcome = store.apply(message)
         finally:
-            seconds = time.perf_counter() - began
-            with counting:
-                outcomes[outcome] += 1
-                durations[bisect_left(BUCKETS, seconds)] += 1
-                spent += seconds
+            store.count(outcome, began)
         if outcome == "conflicting":
-            log.warning("the first message of this number stands; a different one was ignored: %a", row)
+            log.warning("the first message of this number stands; a different one was ignored: %a", message)
         return applied if outcome == "applied" else duplicate
 
     @app.get("/rockets")
@@ -527,30 +488,23 @@ def create_app(store: Store) -> Bottle:
 
     @app.get("/health")
     def get_health() -> bytes:
-        if store.trouble and time.monotonic() < store.trouble[0] + TROUBLE_SHOWN:
-            raise store.trouble[1]
+        if store.trouble and time.monotonic() < store.trouble[1] + TROUBLE_SHOWN:
+            raise store.trouble[2]
         return answer(store.read(HEALTH))
 
     @app.get("/metrics")
     def get_metrics() -> bytes:
-        with counting:
-            values = outcomes | dict(zip(map("le {:g}".format, BUCKETS), accumulate(durations), strict=True))
-            values |= {"spent": spent, "commits": store.commits, "started": started, "version": VERSION}
+        values = store.outcomes | dict(zip(map("le {:g}".format, BUCKETS), accumulate(store.durations), strict=True))
+        values |= {"spent": store.spent, "commits": store.commits, "started": started, "version": VERSION}
         values |= json.loads(store.read(FLEET))
         return answer((metrics % values).encode(), "text/plain; version=0.0.4; charset=utf-8")
 
-    @app.get("/openapi.json")
-    def get_openapi() -> bytes:
-        return answer(description)
-
-    @app.get("/")
-    def get_dashboard() -> bytes:
-        return answer(page, "text/html; charset=utf-8")
-
+    app.get("/", callback=partial(answer, (STATIC / "dashboard.html").read_bytes(), "text/html; charset=utf-8"))
+    app.get("/openapi.json", callback=partial(answer, (STATIC / "openapi.json").read_bytes()))
     return app
 
 
-# Command line #########################################################################################################
+# Server ###############################################################################################################
 
 
 def listen(host: str, port: int) -> list[socket.socket]:
@@ -561,55 +515,113 @@ def listen(host: str, port: int) -> list[socket.socket]:
             family = socket.getaddrinfo(address, port)[0][0]
             sockets.append(socket.create_server((address, port), family=family))
         except OSError as error:
-            if sockets and error.errno != errno.EADDRINUSE:
-                break  # no IPv6 on this machine
-            raise OSError(f"cannot listen on {address} port {port}: {error.strerror.partition(' (')[0]}") from error
+            if not sockets or error.errno == errno.EADDRINUSE:  # else there is no IPv6 on this machine
+                why = error.strerror.partition(" (")[0]
+                raise OSError(f"cannot listen on {address} port {port}: {why}") from error
         port = sockets[0].getsockname()[1]  # the same for both, also where the system has chosen it
     return sockets
 
 
-def serve(app: Bottle, sockets: list[socket.socket], threads: int, greeting: str) -> None:
-    """Greet, and serve until SIGTERM or Ctrl-C; then take nothing more, and answer what is under way."""
-    stop = threading.Event()
+def take_back(channel: Any, error: HTTPError) -> None:
+    """Put a 503 in the place of what was answered on a waitress connection; none of that is sent yet."""
+    channel.outbufs[-1].skip(channel.total_outbufs_len, True)
+    channel.total_outbufs_len = 0
+    body = render(503, error.body)
+    head = "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/problem+json\r\nRetry-After: 1\r\n"
+    channel.write_soon(f"{head}Content-Length: {len(body)}\r\nConnection: close\r\n\r\n{body}".encode())
+    channel.close_when_flushed = True
+
+
+def serve(app: Bottle, store: Store, sockets: list[socket.socket], greeting: str) -> None:
+    """Greet, and serve until SIGTERM or Ctrl-C; then take nothing more, and answer what is under way.
+
+    One thread does everything, in turns: read what has come, let the app answer all of it in one transaction, and send
+    the answers when that is on disk. So all messages of a turn share a disk sync, and nobody waits for another thread.
+    """
+    stopping: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
-    sys.setswitchinterval(SWITCH_INTERVAL)
+        signal.signal(number, lambda number, _: stopping.append(number))
     channels: dict[int, Any] = {}  # waitress's listeners and connections, by file number
-    # Beyond its own limit of a body, waitress answers 413 by itself, in plain text.
-    limits = {"connection_limit": 1000, "max_request_body_size": 2 * MAX_BODY}
-    server = waitress.create_server(app, map=channels, sockets=sockets, threads=threads, ident="rockets", **limits)
+    server = waitress.create_server(
+        app,
+        map=channels,
+        sockets=sockets,
+        ident="rockets",
+        threads=0,
+        connection_limit=MAX_CONNECTIONS,
+        max_request_body_size=2 * MAX_BODY,  # beyond it, waitress answers 413 by itself, in plain text
+        outbuf_high_watermark=sys.maxsize,  # never waits for a client to read, which would keep all others waiting
+    )
+    for channel in channels.values():
+        channel.pull_trigger = lambda: None  # no thread needs to be woken
+    arrived = server.task_dispatcher.queue  # of connections with a whole request; as there are no threads, they stay
+    held: list[Any] = []  # those of them that can't be answered yet
     poller, stirred = select.poll(), set()
 
-    def turn() -> None:
-        """Wait for events and let waitress handle them. Its own loop asks every connection at every turn what it waits
-        for, so that idle ones slow down all; this one asks those that something has happened to."""
-        for number in tuple(stirred):
-            channel = channels.get(number)
-            if channel is None or not (channel.accepting or getattr(channel, "requests", None)):
-                stirred.discard(number)
-            if channel is None:
-                poller.unregister(number)
-            else:
+    def receive(wait: float) -> None:
+        """Let waitress handle what happens on connections. Its own loop asks each one at every turn what it waits for,
+        so that idle ones slow down all; this one asks those that something has happened to."""
+        for number in stirred:
+            if channel := channels.get(number):
                 reads, writes = channel.readable() and select.POLLIN, channel.writable() and select.POLLOUT
                 poller.register(number, reads | writes)
-        for number, events in poller.poll(200):
-            if number in channels:
+            else:
+                poller.unregister(number)
+        stirred.clear()
+        for number, events in poller.poll(1000 * wait):
+            known = before = len(channels)
+            wasyncore.readwrite(channels[number], events)
+            while known < len(channels) < MAX_CONNECTIONS:  # it listens, and more may wait there
+                known = len(channels)
                 wasyncore.readwrite(channels[number], events)
-            stirred.update((number, next(reversed(channels))))  # the newest one, if this was a listener
+            stirred.update((number, *islice(reversed(channels), max(0, len(channels) - before))))
+
+    def respond() -> None:
+        ready = [channel for channel in (*held, *arrived) if channel.socket.fileno() >= 0]  # the others have hung up
+        held.clear()
+        arrived.clear()
+        stirred.update(channel.socket.fileno() for channel in ready)
+        server.adj.send_bytes = sys.maxsize  # waitress keeps what is answered now
+        posts = []
+        for channel in ready:
+            if channel.total_outbufs_len:  # the client has not read its last answer yet
+                held.append(channel)
+            elif getattr(channel.requests[0], "command", None) == "POST":
+                posts.append(channel)
+            else:
+                channel.service()
+        try:
+            with store.transaction() if posts else nullcontext():
+                for channel in posts:
+                    channel.service()
+        except HTTPError as error:
+            for channel in posts:
+                if channel.total_outbufs_len:
+                    take_back(channel, error)
+                elif time.monotonic() < store.trouble[0] + LOCK_PATIENCE:
+                    held.append(channel)
+                else:
+                    channel.service()  # meets the error by itself, and says so
+        server.adj.send_bytes = 1
+        for channel in ready:
+            channel.handle_write()
 
     print(greeting, flush=True)
-    while not stop.is_set():
+    while not stopping:
         stirred.update(channels)  # all of them once a second, for waitress's timeouts
         second = time.monotonic() + 1
-        while not stop.is_set() and time.monotonic() < second:
-            turn()
+        while not stopping and time.monotonic() < second:
+            receive(LOCK_RETRY if held else IDLE)
+            receive(0)  # what has come on connections just accepted
+            respond()
+    stirred.update(channels)
     for listener in [channel for channel in channels.values() if channel.accepting]:
         wasyncore.dispatcher.close(listener)
     deadline, busy = time.monotonic() + DRAIN_PATIENCE, True
     while busy and time.monotonic() < deadline:
-        turn()
+        receive(LOCK_RETRY)
+        respond()
         busy = any(getattr(c, "requests", 0) or getattr(c, "request", 0) or c.writable() for c in channels.values())
-    server.task_dispatcher.shutdown(timeout=0.5)
 
 
 def main() -> None:
@@ -624,19 +636,17 @@ def main() -> None:
     option("--host", default=environ("HOST", "localhost"), help="address to listen on; localhost is all loopback ones")
     option("--port", type=int, default=environ("PORT", "8088"), help="port to listen on; 0 takes any free one")
     option("--database", metavar="FILE", default=environ("DATABASE", "rockets.db"), help="SQLite file to keep all in")
-    option("--threads", metavar="N", type=int, default=64, help="requests worked on at a time")
+    option("--threads", metavar="N", type=int, help="ignored, as one thread does everything")
     option("--reset", action="store_true", help="start from an empty database")
     option("--verbose", action="store_true", help="log every request")
     args = parser.parse_args()
-    if args.threads < 1:
-        parser.error("--threads must be at least 1")
     logging.basicConfig(level="INFO" if args.verbose else "WARNING", format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("waitress").setLevel("ERROR")  # else a line for every request that has to wait a moment
     try:
         if sqlite3.sqlite_version_info < OLDEST_SQLITE:
             raise OSError(f"SQLite {sqlite3.sqlite_version} is too old, at least {OLDEST_SQLITE} is needed")
         sockets = listen(args.host, args.port)
-        store = Store(args.database, max(1, args.threads - SPARE_THREADS), args.reset)
+        store = Store(args.database, args.reset)
         app, found = create_app(store), json.loads(store.read(HEALTH))
     except (OSError, OverflowError, UnicodeError) as error:  # of a port above 65,535, of a host that can't be
         sys.exit(f"rockets: {error}")
@@ -646,7 +656,7 @@ def main() -> None:
     host = f"[{args.host}]" if ":" in args.host else args.host
     where = f"http://{host}:{sockets[0].getsockname()[1]}"
     holds = f"{args.database} holds {found['rockets']} rockets and {found['messages']} messages"
-    serve(app, sockets, args.threads, f"Rockets listens on {where}, {holds}")
+    serve(app, store, sockets, f"Rockets listens on {where}, {holds}")
     store.close()
 
 

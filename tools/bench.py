@@ -143,10 +143,12 @@ def fill(store, messages: Iterator[dict], count: int) -> set[str]:
     channels = set()
     for done in range(0, count, FILLING):
         batch = islice(messages, min(FILLING, count - done))
-        rows = [rockets.parse_message(json.dumps(message).encode()) for message in batch]
-        if set(store.commit(rows)) != {"applied"}:
-            sys.exit("bench: not every message was applied while a database was filled")
-        channels |= {json.loads(row)[0] for row in rows}
+        with store.transaction():
+            for message in batch:
+                parsed = rockets.parse_message(json.dumps(message).encode())
+                channels.add(parsed["channel"])
+                if store.apply(parsed) != "applied":
+                    sys.exit("bench: a message was not applied while a database was filled")
     return channels
 
 
@@ -186,7 +188,7 @@ def measure_growth(folder: Path) -> Iterator[Row]:
     stores = []
     for size in (SMALL, LARGE):
         messages = launch.fly(SEED)
-        store = rockets.Store(str(folder / f"{size}.db"), 1)
+        store = rockets.Store(str(folder / f"{size}.db"))
         fill(store, messages, size)
         stores.append((store, messages, []))
     for _ in range(APPLIED):
@@ -232,7 +234,7 @@ def measure_lists(folder: Path) -> Iterator[Row]:
     path = "/rockets?sort=speed&order=desc"
     for fleet in (20, 1000, 10_000):
         database = folder / f"fleet-{fleet}.db"
-        store = rockets.Store(str(database), 1)
+        store = rockets.Store(str(database))
         for size, messages in ((20, launch.fly(SEED)), (fleet - 20, launch.fly(fleet, fleet - 20))):
             seen = set()
             while len(seen) < size:
@@ -260,7 +262,7 @@ def measure_lists(folder: Path) -> Iterator[Row]:
 def measure_rocket(folder: Path) -> Iterator[Row]:
     import rockets
 
-    store = rockets.Store(str(folder / "rocket.db"), 1)
+    store = rockets.Store(str(folder / "rocket.db"))
     channel = fill(store, launch.fly(SEED), SMALL).pop()
     store.close()
     with (
