@@ -27,10 +27,10 @@ import time
 from bisect import bisect_left
 from collections import namedtuple
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import partial
-from itertools import accumulate, islice
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
@@ -48,13 +48,12 @@ MAX_TEXT = 256  # characters
 MAX_SPEED = 2**31 - 1
 MAX_NUMBER = 2**53 - 1  # up to here every JSON parser reads whole numbers exactly (RFC 8259, section 6)
 MAX_PAGE = 10_000  # messages in one answer
-MAX_CONNECTIONS = 1000  # at a time; more of them wait in the queue of the system
-LOCK_PATIENCE = 4  # seconds to wait for another process's lock; the sender waits 10 for its answer
+LOCK_PATIENCE = 4  # seconds that POSTs wait for another process's lock; the sender gives up after 10
 LOCK_RETRY = 0.02  # seconds between two looks whether it is gone
 TROUBLE_SHOWN = 30  # seconds that /health tells of a failed write, unless another succeeds
 DRAIN_PATIENCE = 4  # seconds after SIGTERM in which requests under way are answered
-IDLE = 0.2  # seconds between two looks for a signal to stop, while there are no requests
-BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, float("inf"))  # seconds, for /metrics
+IDLE = 0.2  # seconds between two looks for a signal to stop while there are no requests
+BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, float("inf"))  # seconds
 
 log = logging.getLogger("rockets")
 
@@ -68,17 +67,14 @@ NEVER = MAX_NUMBER + 1  # number of a launch or explosion not known yet; above a
 # in _utc are the instants of those in _at, spelled so that ORDER BY sorts them.
 SCHEMA = f"""
 CREATE TABLE IF NOT EXISTS rockets (
-    channel TEXT NOT NULL PRIMARY KEY, messages INTEGER NOT NULL,
+    channel TEXT NOT NULL PRIMARY KEY, messages INTEGER NOT NULL, speed_change INTEGER NOT NULL,
     updated_at TEXT NOT NULL, updated_utc TEXT NOT NULL, last_message_number INTEGER NOT NULL,
     type TEXT, launched_at TEXT, launched_utc TEXT, launch_speed INTEGER, launch_number INTEGER NOT NULL,
-    speed_change INTEGER NOT NULL,
     mission TEXT, mission_number INTEGER NOT NULL,
     explosion_reason TEXT, explosion_number INTEGER NOT NULL,
     missing_messages INTEGER AS (last_message_number - messages),
     speed INTEGER AS (launch_speed + speed_change),
-    status TEXT AS (CASE WHEN explosion_reason IS NOT NULL THEN 'exploded'
-                         WHEN type IS NOT NULL THEN 'active'
-                         ELSE 'awaiting_launch' END)
+    status TEXT AS (iif(explosion_reason IS NOT NULL, 'exploded', iif(type IS NULL, 'awaiting_launch', 'active')))
 ) STRICT, WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS messages (
     channel TEXT NOT NULL, number INTEGER NOT NULL, time TEXT NOT NULL, type TEXT NOT NULL, message TEXT NOT NULL,
@@ -92,16 +88,16 @@ RESET = "DROP TABLE IF EXISTS rockets; DROP TABLE IF EXISTS messages;"
 # or highest number wins whenever it comes, and the WHERE clause lets no number count that the log already holds.
 UPSERT = f"""
 INSERT INTO rockets VALUES (
-    :channel, 1,
+    :channel, 1, iif(:messageType = 'RocketSpeedDecreased', -1, 1) * ifnull(:by, 0),
     :messageTime, :utc, :messageNumber,
     :type, iif(:type IS NULL, NULL, :messageTime), iif(:type IS NULL, NULL, :utc), :launchSpeed,
     iif(:type IS NULL, {NEVER}, :messageNumber),
-    iif(:messageType = 'RocketSpeedDecreased', -1, 1) * ifnull(:by, 0),
     ifnull(:mission, :newMission), iif(ifnull(:mission, :newMission) IS NULL, 0, :messageNumber),
     :reason, iif(:reason IS NULL, {NEVER}, :messageNumber)
 )
 ON CONFLICT (channel) DO UPDATE SET
     messages = messages + 1,
+    speed_change = speed_change + excluded.speed_change,
     updated_at = iif(excluded.last_message_number > last_message_number, excluded.updated_at, updated_at),
     updated_utc = iif(excluded.last_message_number > last_message_number, excluded.updated_utc, updated_utc),
     last_message_number = max(excluded.last_message_number, last_message_number),
@@ -110,7 +106,6 @@ ON CONFLICT (channel) DO UPDATE SET
     launched_utc = iif(excluded.launch_number < launch_number, excluded.launched_utc, launched_utc),
     launch_speed = iif(excluded.launch_number < launch_number, excluded.launch_speed, launch_speed),
     launch_number = min(excluded.launch_number, launch_number),
-    speed_change = speed_change + excluded.speed_change,
     mission = iif(excluded.mission_number > mission_number, excluded.mission, mission),
     mission_number = max(excluded.mission_number, mission_number),
     explosion_reason = iif(excluded.explosion_number < explosion_number, excluded.explosion_reason, explosion_reason),
@@ -123,23 +118,17 @@ SELECT type = :messageType AND message = :message FROM messages WHERE channel = 
 
 STATUSES = ("active", "awaiting_launch", "exploded")
 ORDERS = ("asc", "desc")
-SORT_KEYS = {  # of the API, and the column that each stands for
-    **{name: name for name in ("channel", "type", "speed", "mission", "status")},
-    "launchedAt": "launched_utc",
-    "updatedAt": "updated_utc",
-    "lastMessageNumber": "last_message_number",
-}
+SORT_KEYS = {name: name for name in ("channel", "type", "speed", "mission", "status")}  # and what to ORDER BY for each
+SORT_KEYS |= {"launchedAt": "launched_utc", "updatedAt": "updated_utc", "lastMessageNumber": "last_message_number"}
 
 ROCKET_JSON = """json_object(
     'channel', channel, 'type', type, 'speed', speed, 'mission', mission, 'status', status,
     'explosionReason', explosion_reason, 'launchedAt', launched_at, 'updatedAt', updated_at,
     'lastMessageNumber', last_message_number, 'missingMessages', missing_messages)"""
 ROCKET = f"SELECT {ROCKET_JSON} FROM rockets WHERE channel = :channel"
-
 MATCHING = """FROM rockets WHERE status = ifnull(:status, status)
     AND (:type IS NULL OR type = :type) AND (:mission IS NULL OR mission = :mission)"""
-# One query for each order, made of the tables above alone. Its LIMIT keeps SQLite from dropping the inner ORDER BY.
-ROCKETS = {
+ROCKETS = {  # made of the tables above alone; the LIMIT keeps SQLite from dropping the inner ORDER BY
     (sort, order): f"""
 SELECT json_object('count', count(*), 'total', (SELECT count(*) {MATCHING}), 'sortBy', :sort, 'order', :order,
                    'rockets', json_group_array({ROCKET_JSON}))
@@ -147,15 +136,12 @@ FROM (SELECT * {MATCHING} ORDER BY {column} {order} NULLS LAST, channel LIMIT :l
     for sort, column in SORT_KEYS.items()
     for order in ORDERS
 }
-
-# NULL for an unknown rocket, unlike one without messages after :after.
 HISTORY = """
 SELECT iif(EXISTS (SELECT * FROM rockets WHERE channel = :channel), json_object(
     'channel', :channel, 'count', count(*), 'messages', json_group_array(json_object(
         'metadata', json_object('channel', channel, 'messageNumber', number, 'messageTime', time, 'messageType', type),
         'message', json(message)))), NULL)
 FROM (SELECT * FROM messages WHERE channel = :channel AND number > :after ORDER BY number LIMIT :limit)"""
-
 HEALTH = "SELECT json_object('status', 'ok', 'rockets', count(*), 'messages', ifnull(sum(messages), 0)) FROM rockets"
 FLEET = f"""
 SELECT json_object({", ".join(f"'{status}', count(*) FILTER (WHERE status = '{status}')" for status in STATUSES)},
@@ -206,8 +192,7 @@ RFC_3339 = r"(?i)(\d{4}-\d\d-\d\d)T((?:[01]\d|2[0-3]):[0-5]\d):([0-5]\d|60)(\.\d
 ANY = Rule("a text", str)
 NAME = text(f"a text of 1 to {MAX_TEXT} characters, no NUL, no lone surrogate", r"[^\0\ud800-\udfff]+")
 SPEED = whole(0, MAX_SPEED)
-CHANNEL = text("a UUID", UUID, lambda match: "-".join(match.group(2, 4, 5, 6, 7)).lower())
-TIME = text("an RFC 3339 time with an offset, such as 2022-02-02T19:39:05+01:00", RFC_3339, to_utc)
+CHANNEL = {"channel": text("a UUID", UUID, lambda match: "-".join(match.group(2, 4, 5, 6, 7)).lower())}
 MESSAGE_TYPES = {
     "RocketLaunched": {"type": NAME, "launchSpeed": SPEED, "mission": NAME},
     "RocketSpeedIncreased": {"by": SPEED},
@@ -215,13 +200,12 @@ MESSAGE_TYPES = {
     "RocketExploded": {"reason": NAME},
     "RocketMissionChanged": {"newMission": NAME},
 }
-METADATA = {
-    "channel": CHANNEL,
+UNKNOWN = dict.fromkeys(field for fields in MESSAGE_TYPES.values() for field in fields)
+METADATA = CHANNEL | {
     "messageNumber": whole(1, MAX_NUMBER),
-    "messageTime": TIME,
+    "messageTime": text("an RFC 3339 time with an offset, such as 2022-02-02T19:39:05+01:00", RFC_3339, to_utc),
     "messageType": one_of(MESSAGE_TYPES),
 }
-UNKNOWN = dict.fromkeys(field for fields in MESSAGE_TYPES.values() for field in fields)
 LIST_QUERY = {"sort": one_of(SORT_KEYS), "order": one_of(ORDERS), "status": one_of(STATUSES), "type": ANY}
 LIST_QUERY |= {"mission": ANY, "limit": up_to(MAX_NUMBER), "offset": up_to(MAX_NUMBER)}
 HISTORY_QUERY = {"after": up_to(MAX_NUMBER), "limit": up_to(MAX_PAGE)}
@@ -231,20 +215,15 @@ def read_fields(holder: Any, rules: dict[str, Rule], name: str = "") -> dict:
     """Return what the rules keep of the fields they name. Raise HTTPError(400) for the first that breaks its rule."""
     if type(holder) is not dict:
         raise HTTPError(400, f"{name or 'the body'} must be an object, got {json.dumps(holder)[:100]}")
-    kept = {}
-    for field, rule in rules.items():
-        kept[field] = rule.read(holder.get(field))
-        if kept[field] is None:
+    kept = {field: rule.read(holder.get(field)) for field, rule in rules.items()}
+    for field, value in kept.items():
+        if value is None:
             got = json.dumps(holder[field])[:100] if field in holder else "nothing"
-            raise HTTPError(400, f"{name and name + '.'}{field} must be {rule.words}, got {got}")
+            raise HTTPError(400, f"{name and name + '.'}{field} must be {rules[field].words}, got {got}")
     return kept
 
 
-def refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is no number")
-
-
-decode = json.JSONDecoder(parse_constant=refuse).decode
+decode = json.JSONDecoder(parse_constant=int).decode  # int() refuses NaN and Infinity, and names them
 encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"), sort_keys=True).encode
 
 
@@ -256,18 +235,16 @@ def parse_message(body: bytes) -> dict:
         raise HTTPError(400, f"the body must hold at most {MAX_BRACKETS} opening brackets of objects and arrays")
     try:
         envelope = decode(body.decode())
-    except ValueError as error:
-        raise HTTPError(400, f"the body must be JSON in UTF-8: {str(error).partition(';')[0]}") from error
-    read_fields(envelope, {})
-    metadata, content = envelope.get("metadata"), envelope.get("message")
-    message = UNKNOWN | read_fields(metadata, METADATA, "metadata")
-    message |= read_fields(content, MESSAGE_TYPES[message["messageType"]], "message")
-    try:
-        message["message"] = encode(content)
+        read_fields(envelope, {})
+        metadata, content = envelope.get("metadata"), envelope.get("message")
+        message = UNKNOWN | read_fields(metadata, METADATA, "metadata")
+        message |= read_fields(content, MESSAGE_TYPES[message["messageType"]], "message")
+        message |= {"utc": message["messageTime"], "messageTime": metadata["messageTime"], "message": encode(content)}
         message["message"].encode()
     except ValueError as error:
-        raise HTTPError(400, f"message must hold finite numbers and whole characters only: {error}") from error
-    return message | {"utc": message["messageTime"], "messageTime": metadata["messageTime"]}
+        why = f"in UTF-8, with finite numbers and whole characters: {str(error).partition(';')[0]}"
+        raise HTTPError(400, f"the body must be JSON {why}") from error
+    return message
 
 
 # Storage ##############################################################################################################
@@ -284,7 +261,7 @@ def inspect(path: str) -> None:
         if magic != b"SQLite format 3\0":
             raise OSError("it is no SQLite database")
         if version != SCHEMA_VERSION and (version or pages > 1):  # one page is a start that was cut short
-            raise OSError("another program, or a newer version of this one, wrote it")
+            raise OSError("another program, or another version of this one, wrote it")
         if pages * page_size > size + logged:
             raise OSError("a part of it is missing")
 
@@ -309,7 +286,7 @@ class Store:
             self.writer = connect(path, "rwc")
             self.writer.executescript(f"BEGIN IMMEDIATE; {RESET if reset else ''} {SCHEMA} COMMIT;")
             self.writer.execute("PRAGMA wal_checkpoint")  # so that inspect() finds the version in the header
-            self.writer.execute("PRAGMA busy_timeout = 0")  # who waits for a lock must not keep others waiting
+            self.writer.execute("PRAGMA busy_timeout = 0")  # to wait for a lock in here would keep all others waiting
             self.reader = connect(path)  # sees only what is committed
             self.files = {name: os.stat(name) for name in (path, f"{path}-wal")}
         except (sqlite3.Error, OSError) as error:
@@ -319,17 +296,14 @@ class Store:
         self.outcomes = dict.fromkeys(("applied", "duplicate", "conflicting", "rejected", "failed"), 0)
         self.posts: list[tuple[str, float]] = []  # outcome and begin of those whose transaction has not ended
 
-    def verify(self) -> None:
-        """Raise OSError unless the files are those that were opened: what goes to a deleted file is lost."""
-        for name, opened in self.files.items():
-            if not os.path.samestat(os.stat(name), opened):
-                raise OSError(f"another file has the name {name}")
-
     @contextmanager
     def available(self) -> Iterator[None]:
-        """Turn what SQLite or the system fails with into HTTPError(503)."""
+        """Raise HTTPError(503) if the database fails, or its files aren't those that were opened any more."""
         try:
             yield
+            for name, opened in self.files.items():
+                if not os.path.samestat(os.stat(name), opened):  # what is written to a deleted file is lost
+                    raise OSError(f"another file has the name {name}")
         except (sqlite3.Error, OSError) as error:
             why = f"the database is not available: {error}; try again, as a message that comes twice counts once"
             raise HTTPError(503, why, Retry_After="1") from error
@@ -338,7 +312,6 @@ class Store:
         """Return the one value that a query yields, or None. Raise HTTPError(503)."""
         with self.available():
             row = self.reader.execute(sql, parameters).fetchone()
-            self.verify()
         return row and row[0]
 
     @contextmanager
@@ -347,7 +320,7 @@ class Store:
 
         Raise HTTPError(503) if that failed, or may have failed.
         """
-        outermost, changes = not self.writer.in_transaction, self.writer.total_changes
+        outermost, before = not self.writer.in_transaction, self.writer.total_changes
         try:
             with self.available():
                 if outermost:
@@ -355,17 +328,16 @@ class Store:
                 yield
                 if outermost:
                     self.writer.execute("COMMIT")
-                    self.verify()
         except HTTPError as error:
             if self.writer.in_transaction:
-                self.writer.execute("ROLLBACK")  # also of what this one is part of, whose COMMIT fails then
-            self.settle(stored=False)
+                self.writer.execute("ROLLBACK")  # the whole; if this is a part of it, its COMMIT fails then
             now = time.monotonic()
             self.trouble = self.trouble[0] if self.trouble else now, now, error
+            self.settle(stored=False)
             raise
         if outermost:
             self.trouble = None
-            self.commits += self.writer.total_changes > changes
+            self.commits += self.writer.total_changes > before
             self.settle(stored=True)
 
     def apply(self, message: dict) -> str:
@@ -384,8 +356,8 @@ class Store:
 
     def settle(self, stored: bool) -> None:
         for outcome, began in self.posts:
-            self.outcomes[outcome if stored or outcome == "rejected" else "failed"] += 1
             seconds = time.perf_counter() - began
+            self.outcomes[outcome if stored or outcome == "rejected" else "failed"] += 1
             self.durations[bisect_left(BUCKETS, seconds)] += 1
             self.spent += seconds
         self.posts.clear()
@@ -402,14 +374,14 @@ SAFE = {"X-Content-Type-Options": "nosniff"}  # keeps browsers from taking JSON 
 OPEN = SAFE | {"Access-Control-Allow-Origin": "*"}  # lets every page read what a GET answers
 
 
-def read_query(rules: dict[str, Rule], **defaults: Any) -> dict:
+def read_query(rules: dict[str, Rule]) -> dict:
     """Return the query parameters that the rules name. Raise HTTPError(400) if one breaks its rule or comes twice."""
     raw = request.query_string.encode("latin-1").decode(errors="replace")  # WSGI shows bytes as Latin-1 (PEP 3333)
     pairs = parse_qsl(raw, keep_blank_values=True)
     query = dict(pairs)
     if len(query) < len(pairs):
         raise HTTPError(400, "a query parameter must come only once")
-    return defaults | read_fields(query, {name: rule for name, rule in rules.items() if name in query})
+    return read_fields(query, {name: rule for name, rule in rules.items() if name in query})
 
 
 def answer(body: bytes | None, content_type: str = "application/json") -> bytes:
@@ -429,7 +401,7 @@ def render(status: int, detail: str) -> str:
 
 
 def problem(error: HTTPError) -> str:
-    """Render an error as RFC 9457 asks; every error comes through here."""
+    """Render an error as RFC 9457 asks; every error of the app comes through here."""
     detail = error.body
     if error.status_code == 405:
         response.headers["Allow"] = allow = response.headers["Allow"].replace("GET", "GET,HEAD")
@@ -451,11 +423,11 @@ def create_app(store: Store) -> Bottle:
     """Return the service on top of a store, as a WSGI application."""
     app = Bottle()
     app.default_error_handler = problem
-    started, metrics = time.time(), (STATIC / "metrics.txt").read_text().rstrip()
-    applied, duplicate = [
-        HTTPResponse(f'{{"status": "{status}"}}\n', 202, SAFE | {"Content-Type": "application/json"})
-        for status in ("applied", "duplicate")
-    ]
+    app.get("/", callback=partial(answer, (STATIC / "dashboard.html").read_bytes(), "text/html; charset=utf-8"))
+    app.get("/openapi.json", callback=partial(answer, (STATIC / "openapi.json").read_bytes()))
+    metrics = (STATIC / "metrics.txt").read_text().rstrip()
+    head, started = SAFE | {"Content-Type": "application/json"}, time.time()
+    applied, duplicate = [HTTPResponse(f'{{"status": "{is_}"}}\n', 202, head) for is_ in ("applied", "duplicate")]
 
     @app.post("/messages")
     def post_message() -> HTTPResponse:
@@ -479,12 +451,12 @@ def create_app(store: Store) -> Bottle:
 
     @app.get("/rockets/<channel>")
     def get_rocket(channel: str) -> bytes:
-        return answer(store.read(ROCKET, **read_fields({"channel": channel}, {"channel": CHANNEL})))
+        return answer(store.read(ROCKET, **read_fields({"channel": channel}, CHANNEL)))
 
     @app.get("/rockets/<channel>/messages")
     def get_history(channel: str) -> bytes:
-        query = read_fields({"channel": channel}, {"channel": CHANNEL}) | {"after": 0, "limit": 1000}
-        return answer(store.read(HISTORY, **query | read_query(HISTORY_QUERY)))
+        query = read_fields({"channel": channel}, CHANNEL) | {"after": 0, "limit": 1000} | read_query(HISTORY_QUERY)
+        return answer(store.read(HISTORY, **query))
 
     @app.get("/health")
     def get_health() -> bytes:
@@ -499,12 +471,18 @@ def create_app(store: Store) -> Bottle:
         values |= json.loads(store.read(FLEET))
         return answer((metrics % values).encode(), "text/plain; version=0.0.4; charset=utf-8")
 
-    app.get("/", callback=partial(answer, (STATIC / "dashboard.html").read_bytes(), "text/html; charset=utf-8"))
-    app.get("/openapi.json", callback=partial(answer, (STATIC / "openapi.json").read_bytes()))
     return app
 
 
 # Server ###############################################################################################################
+
+WAITRESS = {
+    "ident": "rockets",
+    "threads": 0,  # the queue for threads stays full, and serve() empties it
+    "connection_limit": 1000,  # more of them wait in the system
+    "max_request_body_size": 2 * MAX_BODY,  # from there on, waitress answers 413 by itself, in plain text
+    "outbuf_high_watermark": sys.maxsize,  # waitress must not wait for a client to read; serve() sees to that
+}
 
 
 def listen(host: str, port: int) -> list[socket.socket]:
@@ -523,7 +501,7 @@ def listen(host: str, port: int) -> list[socket.socket]:
 
 
 def take_back(channel: Any, error: HTTPError) -> None:
-    """Put a 503 in the place of what was answered on a waitress connection; none of that is sent yet."""
+    """Put a 503 in the place of what was answered on a waitress connection and is not sent yet."""
     channel.outbufs[-1].skip(channel.total_outbufs_len, True)
     channel.total_outbufs_len = 0
     body = render(503, error.body)
@@ -542,25 +520,15 @@ def serve(app: Bottle, store: Store, sockets: list[socket.socket], greeting: str
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: stopping.append(number))
     channels: dict[int, Any] = {}  # waitress's listeners and connections, by file number
-    server = waitress.create_server(
-        app,
-        map=channels,
-        sockets=sockets,
-        ident="rockets",
-        threads=0,
-        connection_limit=MAX_CONNECTIONS,
-        max_request_body_size=2 * MAX_BODY,  # beyond it, waitress answers 413 by itself, in plain text
-        outbuf_high_watermark=sys.maxsize,  # never waits for a client to read, which would keep all others waiting
-    )
-    for channel in channels.values():
-        channel.pull_trigger = lambda: None  # no thread needs to be woken
-    arrived = server.task_dispatcher.queue  # of connections with a whole request; as there are no threads, they stay
-    held: list[Any] = []  # those of them that can't be answered yet
+    server = waitress.create_server(app, map=channels, sockets=sockets, **WAITRESS)
+    for listener in channels.values():
+        listener.pull_trigger = lambda: None  # nobody sleeps while there is something to send
+    arrived, held = server.task_dispatcher.queue, []  # connections with a whole request, and those that have to wait
     poller, stirred = select.poll(), set()
 
-    def receive(wait: float) -> None:
-        """Let waitress handle what happens on connections. Its own loop asks each one at every turn what it waits for,
-        so that idle ones slow down all; this one asks those that something has happened to."""
+    def receive(seconds: float) -> bool:
+        """Let waitress handle what happens, and return whether it took a connection. Its own loop asks each connection
+        what it waits for at every turn, so that idle ones slow down all; this asks those that something happened to."""
         for number in stirred:
             if channel := channels.get(number):
                 reads, writes = channel.readable() and select.POLLIN, channel.writable() and select.POLLOUT
@@ -568,32 +536,36 @@ def serve(app: Bottle, store: Store, sockets: list[socket.socket], greeting: str
             else:
                 poller.unregister(number)
         stirred.clear()
-        for number, events in poller.poll(1000 * wait):
-            known = before = len(channels)
+        newest = next(reversed(channels))
+        for number, events in poller.poll(1000 * seconds):
             wasyncore.readwrite(channels[number], events)
-            while known < len(channels) < MAX_CONNECTIONS:  # it listens, and more may wait there
-                known = len(channels)
-                wasyncore.readwrite(channels[number], events)
-            stirred.update((number, *islice(reversed(channels), max(0, len(channels) - before))))
+            stirred.update((number, next(reversed(channels))))
+        return newest != next(reversed(channels))
 
-    def respond() -> None:
+    def respond(ready: list[Any]) -> None:
+        server.adj.send_bytes = sys.maxsize  # waitress keeps the answers ...
+        for channel in ready:
+            channel.service()
+        server.adj.send_bytes = 1  # ... until it is asked to send them
+
+    def turn(seconds: float) -> None:
+        while receive(seconds):
+            seconds = 0  # a new connection has something to read, as a rule
         ready = [channel for channel in (*held, *arrived) if channel.socket.fileno() >= 0]  # the others have hung up
-        held.clear()
         arrived.clear()
         stirred.update(channel.socket.fileno() for channel in ready)
-        server.adj.send_bytes = sys.maxsize  # waitress keeps what is answered now
-        posts = []
+        held[:] = [channel for channel in ready if channel.total_outbufs_len]  # until its last answer is sent
+        posts, others = [], []
         for channel in ready:
-            if channel.total_outbufs_len:  # the client has not read its last answer yet
-                held.append(channel)
-            elif getattr(channel.requests[0], "command", None) == "POST":
-                posts.append(channel)
-            else:
-                channel.service()
+            if not channel.total_outbufs_len:
+                (posts if getattr(channel.requests[0], "command", None) == "POST" else others).append(channel)
+        respond(others)
+        for channel in others:
+            channel.handle_write()
         try:
-            with store.transaction() if posts else nullcontext():
-                for channel in posts:
-                    channel.service()
+            if posts:
+                with store.transaction():
+                    respond(posts)
         except HTTPError as error:
             for channel in posts:
                 if channel.total_outbufs_len:
@@ -602,7 +574,6 @@ def serve(app: Bottle, store: Store, sockets: list[socket.socket], greeting: str
                     held.append(channel)
                 else:
                     channel.service()  # meets the error by itself, and says so
-        server.adj.send_bytes = 1
         for channel in ready:
             channel.handle_write()
 
@@ -611,16 +582,13 @@ def serve(app: Bottle, store: Store, sockets: list[socket.socket], greeting: str
         stirred.update(channels)  # all of them once a second, for waitress's timeouts
         second = time.monotonic() + 1
         while not stopping and time.monotonic() < second:
-            receive(LOCK_RETRY if held else IDLE)
-            receive(0)  # what has come on connections just accepted
-            respond()
+            turn(LOCK_RETRY if held else IDLE)
     stirred.update(channels)
     for listener in [channel for channel in channels.values() if channel.accepting]:
         wasyncore.dispatcher.close(listener)
     deadline, busy = time.monotonic() + DRAIN_PATIENCE, True
     while busy and time.monotonic() < deadline:
-        receive(LOCK_RETRY)
-        respond()
+        turn(LOCK_RETRY)
         busy = any(getattr(c, "requests", 0) or getattr(c, "request", 0) or c.writable() for c in channels.values())
 
 
@@ -636,7 +604,7 @@ def main() -> None:
     option("--host", default=environ("HOST", "localhost"), help="address to listen on; localhost is all loopback ones")
     option("--port", type=int, default=environ("PORT", "8088"), help="port to listen on; 0 takes any free one")
     option("--database", metavar="FILE", default=environ("DATABASE", "rockets.db"), help="SQLite file to keep all in")
-    option("--threads", metavar="N", type=int, help="ignored, as one thread does everything")
+    option("--threads", metavar="N", type=int, default=1, help="of no effect, as one thread does everything")
     option("--reset", action="store_true", help="start from an empty database")
     option("--verbose", action="store_true", help="log every request")
     args = parser.parse_args()

@@ -320,7 +320,7 @@ WRONG["metadata.messageTime"] += [
     "\uff12022-02-02T19:39:05Z", 1643827145,
 ]  # fmt: skip
 CASES = [(edited(path, value), f"{path} must be {FIELDS[path]}") for path, values in WRONG.items() for value in values]
-CASES += [(edited(path, float("nan")), "NaN is no number") for path in FIELDS]
+CASES += [(edited(path, float("nan")), "NaN") for path in FIELDS]
 VALID = json.dumps(launch())
 CASES += [
     ("", "JSON"),
@@ -331,8 +331,8 @@ CASES += [
     ("[]", "the body must be an object, got []"),
     ("null", "the body must be an object, got null"),
     ("NaN", "JSON"),
-    (VALID.replace("500", '500, "by": NaN'), "NaN is no number"),
-    (VALID.replace("{", '{"by": -Infinity, ', 1), "-Infinity is no number"),
+    (VALID.replace("500", '500, "by": NaN'), "NaN"),
+    (VALID.replace("{", '{"by": -Infinity, ', 1), "-Infinity"),
     ("[" * 30_000, "objects and arrays"),
     (VALID.replace("500", "9" * 5000), "JSON"),
     (VALID.replace("500", '500, "extra": 1e999'), "finite"),
@@ -1116,7 +1116,7 @@ def another_program(file):
         (a_text_file, "no SQLite database"),
         (a_short_text_file, "no SQLite database"),
         (half_a_database, "a part of it is missing"),
-        (a_newer_schema, "a newer version"),
+        (a_newer_schema, "another version of this one"),
         (another_program, "another program"),
     ],
 )
@@ -1223,8 +1223,8 @@ def test_a_database_that_is_gone_is_a_503_until_it_is_back(file, way, suffix):
             moved.write_bytes(aside.read_bytes())
         assert process.request("/messages", faster(2, 5))[0] == 503
         assert [process.request(path)[0] for path in ("/rockets", f"/rockets/{CHANNEL}", "/health")] == [503] * 3
-        aside.rename(moved)  # and with it the message, which was stored before it was found that the file is gone
-        assert process.request("/messages", faster(2, 5)) == (202, {"status": "duplicate"})
+        aside.rename(moved)
+        assert process.request("/messages", faster(2, 5)) == (202, {"status": "applied"})
         assert process.request(f"/rockets/{CHANNEL}") == (200, fold([launch(1), faster(2, 5)]))
 
 

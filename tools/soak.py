@@ -39,7 +39,6 @@ POSTS = 2000  # in each round
 SETTLING = 2  # seconds until the service has seen that they are gone
 CONCURRENCY = 8  # messages on their way at a time
 
-SERVICE = [str(bench.SERVICE)]
 Row = tuple[str, str, int]  # what was done, the figures, how many messages were lost, wrong or refused
 
 
@@ -93,12 +92,12 @@ def send_while_killed(flight: Flight, database: Path, port: int) -> Iterator[Row
     sending = threading.Thread(target=sender.run, args=(requests(),), daemon=True)
     sending.start()
     for kill in range(KILLS):
-        with bench.running(SERVICE, database, port) as (_, process, _):
+        with bench.service(database, port) as (_, process, _):
             time.sleep(dice.uniform(*LIFE))
             os.kill(process, signal.SIGKILL)
             progress(f"{kill + 1} of {KILLS} kills, {flight.sent:,} messages")
     survived.set()
-    with bench.running(SERVICE, database, port):
+    with bench.service(database, port):
         while sending.is_alive():
             progress(f"{KILLS} kills, {flight.sent:,} messages")
             sending.join(0.1)
@@ -201,7 +200,7 @@ def main() -> None:
 
         def rows() -> Iterator[Row]:
             yield from send_while_killed(flight, database, args.port)
-            with bench.running(SERVICE, database, args.port) as (url, process, _):
+            with bench.service(database, args.port) as (url, process, _):
                 yield from send_burst(flight, url)
                 yield from send_through_crowd(flight, url, args.port, process)
 
