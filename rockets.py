@@ -159,8 +159,10 @@ def whole(lowest: int, highest: int) -> Rule:
 
 
 def text(words: str, pattern: str, keep: Callable[[re.Match], Any] = re.Match.group) -> Rule:
+    fullmatch = re.compile(pattern, re.ASCII).fullmatch
+
     def read(value: Any) -> Any:
-        match = re.fullmatch(pattern, value, re.ASCII) if type(value) is str and len(value) <= MAX_TEXT else None
+        match = fullmatch(value) if type(value) is str and len(value) <= MAX_TEXT else None
         return match and keep(match)
 
     return Rule(words, read)
@@ -276,6 +278,11 @@ def connect(path: str, mode: str = "rw") -> sqlite3.Connection:
     return connection
 
 
+def unavailable(error: Exception) -> HTTPError:
+    why = f"the database is not available: {error}; try again, as a message that comes twice counts once"
+    return HTTPError(503, why, Retry_After="1")
+
+
 class Store:
     """The rockets and the log of their messages, in one SQLite file, for the thread that opened it."""
 
@@ -296,22 +303,19 @@ class Store:
         self.outcomes = dict.fromkeys(("applied", "duplicate", "conflicting", "rejected", "failed"), 0)
         self.posts: list[tuple[str, float]] = []  # outcome and begin of those whose transaction has not ended
 
-    @contextmanager
-    def available(self) -> Iterator[None]:
-        """Raise HTTPError(503) if the database fails, or its files aren't those that were opened any more."""
-        try:
-            yield
-            for name, opened in self.files.items():
-                if not os.path.samestat(os.stat(name), opened):  # what is written to a deleted file is lost
-                    raise OSError(f"another file has the name {name}")
-        except (sqlite3.Error, OSError) as error:
-            why = f"the database is not available: {error}; try again, as a message that comes twice counts once"
-            raise HTTPError(503, why, Retry_After="1") from error
+    def verify(self) -> None:
+        """Raise OSError unless the files are those that were opened: what goes to a deleted file is lost."""
+        for name, opened in self.files.items():
+            if not os.path.samestat(os.stat(name), opened):
+                raise OSError(f"another file has the name {name}")
 
     def read(self, sql: str, **parameters: Any) -> bytes | None:
         """Return the one value that a query yields, or None. Raise HTTPError(503)."""
-        with self.available():
+        try:
             row = self.reader.execute(sql, parameters).fetchone()
+            self.verify()
+        except (sqlite3.Error, OSError) as error:
+            raise unavailable(error) from error
         return row and row[0]
 
     @contextmanager
@@ -322,19 +326,19 @@ class Store:
         """
         outermost, before = not self.writer.in_transaction, self.writer.total_changes
         try:
-            with self.available():
-                if outermost:
-                    self.writer.execute("BEGIN IMMEDIATE")
-                yield
-                if outermost:
-                    self.writer.execute("COMMIT")
-        except HTTPError as error:
+            if outermost:
+                self.writer.execute("BEGIN IMMEDIATE")
+            yield
+            if outermost:
+                self.writer.execute("COMMIT")
+                self.verify()
+        except (sqlite3.Error, OSError) as error:
             if self.writer.in_transaction:
                 self.writer.execute("ROLLBACK")  # the whole; if this is a part of it, its COMMIT fails then
-            now = time.monotonic()
-            self.trouble = self.trouble[0] if self.trouble else now, now, error
+            failure, now = unavailable(error), time.monotonic()
+            self.trouble = self.trouble[0] if self.trouble else now, now, failure
             self.settle(stored=False)
-            raise
+            raise failure from error
         if outermost:
             self.trouble = None
             self.commits += self.writer.total_changes > before

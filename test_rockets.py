@@ -1223,8 +1223,8 @@ def test_a_database_that_is_gone_is_a_503_until_it_is_back(file, way, suffix):
             moved.write_bytes(aside.read_bytes())
         assert process.request("/messages", faster(2, 5))[0] == 503
         assert [process.request(path)[0] for path in ("/rockets", f"/rockets/{CHANNEL}", "/health")] == [503] * 3
-        aside.rename(moved)
-        assert process.request("/messages", faster(2, 5)) == (202, {"status": "applied"})
+        aside.rename(moved)  # and with it the message, which was stored before it was found that the file is gone
+        assert process.request("/messages", faster(2, 5)) == (202, {"status": "duplicate"})
         assert process.request(f"/rockets/{CHANNEL}") == (200, fold([launch(1), faster(2, 5)]))
 
 
