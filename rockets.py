@@ -505,7 +505,9 @@ def listen(host: str, port: int) -> list[socket.socket]:
 
 
 def take_back(channel: Any, error: HTTPError) -> None:
-    """Put a 503 in the place of what was answered on a waitress connection and is not sent yet."""
+    """Put a 503 in the place of a 202 that a waitress connection holds and has not sent yet."""
+    if b" 202 " not in channel.outbufs[-1].get(len("HTTP/1.1 202 ")):
+        return
     channel.outbufs[-1].skip(channel.total_outbufs_len, True)
     channel.total_outbufs_len = 0
     body = render(503, error.body)
@@ -555,7 +557,7 @@ def serve(app: Bottle, store: Store, sockets: list[socket.socket], greeting: str
     def turn(seconds: float) -> None:
         while receive(seconds):
             seconds = 0  # a new connection has something to read, as a rule
-        ready = [channel for channel in (*held, *arrived) if channel.socket.fileno() >= 0]  # the others have hung up
+        ready = [channel for channel in (*held, *arrived) if channel.socket]  # the others have hung up
         arrived.clear()
         stirred.update(channel.socket.fileno() for channel in ready)
         held[:] = [channel for channel in ready if channel.total_outbufs_len]  # until its last answer is sent
@@ -578,7 +580,7 @@ def serve(app: Bottle, store: Store, sockets: list[socket.socket], greeting: str
                     held.append(channel)
                 else:
                     channel.service()  # meets the error by itself, and says so
-        for channel in ready:
+        for channel in posts:
             channel.handle_write()
 
     print(greeting, flush=True)

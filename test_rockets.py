@@ -14,6 +14,7 @@ import resource
 import signal
 import socket
 import sqlite3
+import struct
 import subprocess
 import sys
 import threading
@@ -1169,6 +1170,42 @@ def test_under_a_long_lock_posts_fail_in_time_gets_go_on_and_all_heals(file):
         assert process.request("/messages", faster(2, 3)) == (202, {"status": "applied"})
         assert process.request(f"/rockets/{CHANNEL}") == (200, fold([launch(1), faster(2, 3)]))
         assert process.request("/health")[0] == 200
+
+
+def test_a_client_that_hangs_up_while_its_message_waits_harms_nobody(file):
+    with Process(file) as process, closing(sqlite3.connect(file, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        for _ in range(3):
+            with socket.create_connection(("127.0.0.1", int(process.url.rpartition(":")[2]))) as connection:
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # reset, no goodbye
+                connection.sendall(http(BODY, LENGTH))
+                time.sleep(0.2)
+        with post_from_threads(process, [faster(2, 1)]):
+            time.sleep(0.2)
+            other.execute("ROLLBACK")
+        assert process.request("/health")[1]["messages"] in (1, 2)
+
+
+def test_a_full_disk_fails_all_that_share_its_commit_and_each_is_taken_later(file):
+    bodies = [launch(number, pad="x" * 30_000) for number in range(2, 10)]
+    with Process(file) as process, closing(sqlite3.connect(file, isolation_level=None)) as other:
+        process.request("/messages", launch(1))
+        limit = os.path.getsize(f"{file}-wal") + 4096
+        resource.prlimit(process.popen.pid, resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+        other.execute("BEGIN IMMEDIATE")
+        with post_from_threads(process, [*bodies, "not a message"]) as answers:
+            time.sleep(0.5)
+            other.execute("ROLLBACK")  # so that all of them come to one transaction
+        assert Counter(status for status, *_ in answers) == {503: 8, 400: 1}
+        assert process.request(f"/rockets/{CHANNEL}") == (200, fold([launch(1)]))
+        metrics = urllib.request.urlopen(process.url + "/metrics").read().decode()
+        assert 'outcome="applied"} 1\n' in metrics and 'outcome="failed"} 8\n' in metrics
+        assert 'outcome="rejected"} 1\n' in metrics and "rockets_commits_total 1\n" in metrics
+        resource.prlimit(process.popen.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+        with post_from_threads(process, bodies) as answers:
+            pass
+        assert [answer for _, answer, _ in answers] == [{"status": "applied"}] * 8
+        assert process.request(f"/rockets/{CHANNEL}") == (200, fold([launch(1), *bodies]))
 
 
 def test_a_full_disk_is_a_503_that_leaves_nothing_half_written(file):
