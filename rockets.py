@@ -32,6 +32,7 @@ from datetime import UTC, datetime
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import parse_qsl
 
@@ -43,6 +44,7 @@ VERSION = "1.0.0"
 STATIC = Path(__file__).resolve().parent / "static"
 
 MAX_BODY = 64 * 1024  # bytes; a real message has about 300, a larger body gets a 413
+TOO_LARGE = f"the body must be at most {MAX_BODY} bytes long"
 MAX_BRACKETS = 800  # objects and arrays in a body; a real message has 2, and SQLite reads at most 1,000 levels
 MAX_TEXT = 256  # characters
 MAX_SPEED = 2**31 - 1
@@ -232,7 +234,7 @@ encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", 
 def parse_message(body: bytes) -> dict:
     """Turn the body of a POST into the parameters of UPSERT. Raise HTTPError(400 or 413) that names the broken rule."""
     if len(body) > MAX_BODY:
-        raise HTTPError(413, f"the body must be at most {MAX_BODY} bytes long")
+        raise HTTPError(413, TOO_LARGE)
     if body.count(b"{") + body.count(b"[") > MAX_BRACKETS:
         raise HTTPError(400, f"the body must hold at most {MAX_BRACKETS} opening brackets of objects and arrays")
     try:
@@ -405,7 +407,7 @@ def render(status: int, detail: str) -> str:
 
 
 def problem(error: HTTPError) -> str:
-    """Render an error as RFC 9457 asks; every error of the app comes through here."""
+    """Render an error of the app as RFC 9457 asks."""
     detail = error.body
     if error.status_code == 405:
         response.headers["Allow"] = allow = response.headers["Allow"].replace("GET", "GET,HEAD")
@@ -484,7 +486,7 @@ WAITRESS = {
     "ident": "rockets",
     "threads": 0,  # the queue for threads stays full, and serve() empties it
     "connection_limit": 1000,  # more of them wait in the system
-    "max_request_body_size": 2 * MAX_BODY,  # from there on, waitress answers 413 by itself, in plain text
+    "max_request_body_size": MAX_BODY + 1,  # and more are a 413 before they are read
     "outbuf_high_watermark": sys.maxsize,  # waitress must not wait for a client to read; serve() sees to that
 }
 
@@ -504,16 +506,24 @@ def listen(host: str, port: int) -> list[socket.socket]:
     return sockets
 
 
+def refuse(channel: Any, status: int, detail: str) -> None:
+    """Answer on a waitress connection without the app, as RFC 9457 asks, and let it be closed."""
+    head = [*SAFE.items(), ("Content-Type", "application/problem+json"), *[("Retry-After", "1")] * (status == 503)]
+    refused = channel.parser_class(channel.adj)
+    refused.version = "1.1"
+    refused.error = SimpleNamespace(
+        to_response=lambda ident: (f"{status} {HTTP_CODES[status]}", head, render(status, detail).encode())
+    )
+    channel.requests.insert(0, refused)
+    channel.service()
+
+
 def take_back(channel: Any, error: HTTPError) -> None:
     """Put a 503 in the place of a 202 that a waitress connection holds and has not sent yet."""
-    if b" 202 " not in channel.outbufs[-1].get(len("HTTP/1.1 202 ")):
-        return
-    channel.outbufs[-1].skip(channel.total_outbufs_len, True)
-    channel.total_outbufs_len = 0
-    body = render(503, error.body)
-    head = "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/problem+json\r\nRetry-After: 1\r\n"
-    channel.write_soon(f"{head}Content-Length: {len(body)}\r\nConnection: close\r\n\r\n{body}".encode())
-    channel.close_when_flushed = True
+    if b" 202 " in channel.outbufs[-1].get(len("HTTP/1.1 202 ")):
+        channel.outbufs[-1].skip(channel.total_outbufs_len, True)
+        channel.total_outbufs_len = 0
+        refuse(channel, 503, error.body)
 
 
 def serve(app: Bottle, store: Store, sockets: list[socket.socket], greeting: str) -> None:
@@ -551,7 +561,10 @@ def serve(app: Bottle, store: Store, sockets: list[socket.socket], greeting: str
     def respond(ready: list[Any]) -> None:
         server.adj.send_bytes = sys.maxsize  # waitress keeps the answers ...
         for channel in ready:
-            channel.service()
+            if error := channel.requests[0].error:  # of waitress, which would send plain text
+                refuse(channel, error.code, TOO_LARGE if error.code == 413 else error.body)
+            else:
+                channel.service()
         server.adj.send_bytes = 1  # ... until it is asked to send them
 
     def turn(seconds: float) -> None:
