@@ -446,7 +446,8 @@ def create_app(store: Store) -> Bottle:
         finally:
             store.count(outcome, began)
         if outcome == "conflicting":
-            log.warning("the first message of this number stands; a different one was ignored: %a", message)
+            known = "message %(messageNumber)d of %(channel)s is known; another one with its number is ignored: "
+            log.warning(known + "%(messageType)s %(message)a", message)
         return applied if outcome == "applied" else duplicate
 
     @app.get("/rockets")
@@ -539,7 +540,7 @@ def serve(app: Bottle, store: Store, sockets: list[socket.socket], greeting: str
     server = waitress.create_server(app, map=channels, sockets=sockets, **WAITRESS)
     for listener in channels.values():
         listener.pull_trigger = lambda: None  # nobody sleeps while there is something to send
-    arrived, held = server.task_dispatcher.queue, []  # connections with a whole request, and those that have to wait
+    arrived = server.task_dispatcher.queue  # of connections with a whole request
     poller, stirred = select.poll(), set()
 
     def receive(seconds: float) -> bool:
@@ -567,17 +568,21 @@ def serve(app: Bottle, store: Store, sockets: list[socket.socket], greeting: str
                 channel.service()
         server.adj.send_bytes = 1  # ... until it is asked to send them
 
-    def turn(seconds: float) -> None:
+    def turn() -> None:
+        seconds = LOCK_RETRY if arrived else IDLE
         while receive(seconds):
             seconds = 0  # a new connection has something to read, as a rule
-        ready = [channel for channel in (*held, *arrived) if channel.socket]  # the others have hung up
+        ready = [channel for channel in arrived if channel.socket]  # the others have hung up
         arrived.clear()
         stirred.update(channel.socket.fileno() for channel in ready)
-        held[:] = [channel for channel in ready if channel.total_outbufs_len]  # until its last answer is sent
         posts, others = [], []
         for channel in ready:
-            if not channel.total_outbufs_len:
-                (posts if getattr(channel.requests[0], "command", None) == "POST" else others).append(channel)
+            if channel.total_outbufs_len:
+                arrived.append(channel)  # until its last answer is sent
+            elif getattr(channel.requests[0], "command", None) == "POST":
+                posts.append(channel)
+            else:
+                others.append(channel)
         respond(others)
         for channel in others:
             channel.handle_write()
@@ -590,7 +595,7 @@ def serve(app: Bottle, store: Store, sockets: list[socket.socket], greeting: str
                 if channel.total_outbufs_len:
                     take_back(channel, error)
                 elif time.monotonic() < store.trouble[0] + LOCK_PATIENCE:
-                    held.append(channel)
+                    arrived.append(channel)
                 else:
                     channel.service()  # meets the error by itself, and says so
         for channel in posts:
@@ -601,13 +606,13 @@ def serve(app: Bottle, store: Store, sockets: list[socket.socket], greeting: str
         stirred.update(channels)  # all of them once a second, for waitress's timeouts
         second = time.monotonic() + 1
         while not stopping and time.monotonic() < second:
-            turn(LOCK_RETRY if held else IDLE)
+            turn()
     stirred.update(channels)
     for listener in [channel for channel in channels.values() if channel.accepting]:
         wasyncore.dispatcher.close(listener)
     deadline, busy = time.monotonic() + DRAIN_PATIENCE, True
     while busy and time.monotonic() < deadline:
-        turn(LOCK_RETRY)
+        turn()
         busy = any(getattr(c, "requests", 0) or getattr(c, "request", 0) or c.writable() for c in channels.values())
 
 
