@@ -39,6 +39,7 @@ from urllib.parse import parse_qsl
 import waitress
 from bottle import HTTP_CODES, Bottle, HTTPError, HTTPResponse, request, response
 from waitress import wasyncore
+from waitress.channel import HTTPChannel
 
 VERSION = "1.0.0"
 STATIC = Path(__file__).resolve().parent / "static"
@@ -50,6 +51,8 @@ MAX_TEXT = 256  # characters
 MAX_SPEED = 2**31 - 1
 MAX_NUMBER = 2**53 - 1  # up to here every JSON parser reads whole numbers exactly (RFC 8259, section 6)
 MAX_PAGE = 10_000  # messages in one answer
+READ_PATIENCE = 60  # seconds for a client to read some of its answer
+MAX_ACCEPTED = 100  # connections in one turn; more must not keep these waiting
 LOCK_PATIENCE = 4  # seconds that POSTs wait for another process's lock; the sender gives up after 10
 LOCK_RETRY = 0.02  # seconds between two looks whether it is gone
 TROUBLE_SHOWN = 30  # seconds that /health tells of a failed write, unless another succeeds
@@ -280,8 +283,8 @@ def connect(path: str, mode: str = "rw") -> sqlite3.Connection:
     return connection
 
 
-def unavailable(error: Exception) -> HTTPError:
-    why = f"the database is not available: {error}; try again, as a message that comes twice counts once"
+def unavailable(why: Any) -> HTTPError:
+    why = f"the database is not available: {why}; try again, as a message that comes twice counts once"
     return HTTPError(503, why, Retry_After="1")
 
 
@@ -297,13 +300,15 @@ class Store:
             self.writer.execute("PRAGMA wal_checkpoint")  # so that inspect() finds the version in the header
             self.writer.execute("PRAGMA busy_timeout = 0")  # to wait for a lock in here would keep all others waiting
             self.reader = connect(path)  # sees only what is committed
+            self.reader.execute(HEALTH).fetchone()  # finds damage inside
             self.files = {name: os.stat(name) for name in (path, f"{path}-wal")}
         except (sqlite3.Error, OSError) as error:
             raise OSError(f"cannot use {path} as the database: {error}") from error
-        self.trouble: tuple[float, float, HTTPError] | None = None  # first and last failure since a commit succeeded
-        self.commits, self.durations, self.spent = 0, [0] * len(BUCKETS), 0.0
+        self.within, self.failure = False, None  # whether a transaction is under way, and what it has failed with
+        self.posts: list[tuple[str, float]] = []  # outcome and begin of those that are part of it
         self.outcomes = dict.fromkeys(("applied", "duplicate", "conflicting", "rejected", "failed"), 0)
-        self.posts: list[tuple[str, float]] = []  # outcome and begin of those whose transaction has not ended
+        self.commits, self.durations, self.spent = 0, [0] * len(BUCKETS), 0.0
+        self.failed_at: float | None = None  # when a message could not be stored, if none was stored since
 
     def verify(self) -> None:
         """Raise OSError unless the files are those that were opened: what goes to a deleted file is lost."""
@@ -326,25 +331,28 @@ class Store:
 
         Raise HTTPError(503) if that failed, or may have failed.
         """
-        outermost, before = not self.writer.in_transaction, self.writer.total_changes
+        outermost, before = not self.within, self.writer.total_changes
         try:
             if outermost:
                 self.writer.execute("BEGIN IMMEDIATE")
-            yield
+                self.within = True
+            if self.failure is None:
+                yield
+            if self.failure is not None:
+                raise self.failure
             if outermost:
                 self.writer.execute("COMMIT")
                 self.verify()
+                self.commits += self.writer.total_changes > before
         except (sqlite3.Error, OSError) as error:
+            self.failure = error
             if self.writer.in_transaction:
-                self.writer.execute("ROLLBACK")  # the whole; if this is a part of it, its COMMIT fails then
-            failure, now = unavailable(error), time.monotonic()
-            self.trouble = self.trouble[0] if self.trouble else now, now, failure
-            self.settle(stored=False)
-            raise failure from error
-        if outermost:
-            self.trouble = None
-            self.commits += self.writer.total_changes > before
-            self.settle(stored=True)
+                self.writer.execute("ROLLBACK")
+            raise unavailable(error) from error
+        finally:
+            if outermost:
+                self.settle(stored=self.failure is None)
+                self.within, self.failure = False, None
 
     def apply(self, message: dict) -> str:
         """Count a message, and keep it in the log; return 'applied', 'duplicate' or 'conflicting'."""
@@ -357,15 +365,17 @@ class Store:
     def count(self, outcome: str, began: float) -> None:
         """Count for /metrics what becomes of a POST, as soon as the transaction that it is part of has ended."""
         self.posts.append((outcome, began))
-        if not self.writer.in_transaction:
+        if not self.within:
             self.settle(stored=True)
 
     def settle(self, stored: bool) -> None:
+        now = time.perf_counter()
         for outcome, began in self.posts:
-            seconds = time.perf_counter() - began
-            self.outcomes[outcome if stored or outcome == "rejected" else "failed"] += 1
-            self.durations[bisect_left(BUCKETS, seconds)] += 1
-            self.spent += seconds
+            result = outcome if stored or outcome == "rejected" else "failed"
+            self.failed_at = {"failed": now, "applied": None}.get(result, self.failed_at)
+            self.outcomes[result] += 1
+            self.durations[bisect_left(BUCKETS, now - began)] += 1
+            self.spent += now - began
         self.posts.clear()
 
     def close(self) -> None:
@@ -467,8 +477,8 @@ def create_app(store: Store) -> Bottle:
 
     @app.get("/health")
     def get_health() -> bytes:
-        if store.trouble and time.monotonic() < store.trouble[1] + TROUBLE_SHOWN:
-            raise store.trouble[2]
+        if store.failed_at and time.perf_counter() < store.failed_at + TROUBLE_SHOWN:
+            raise unavailable("the last message could not be stored")
         return answer(store.read(HEALTH))
 
     @app.get("/metrics")
@@ -485,10 +495,11 @@ def create_app(store: Store) -> Bottle:
 
 WAITRESS = {
     "ident": "rockets",
-    "threads": 0,  # the queue for threads stays full, and serve() empties it
+    "threads": 0,  # nobody but serve() takes requests from the queue for threads
     "connection_limit": 1000,  # more of them wait in the system
     "max_request_body_size": MAX_BODY + 1,  # and more are a 413 before they are read
-    "outbuf_high_watermark": sys.maxsize,  # waitress must not wait for a client to read; serve() sees to that
+    "outbuf_overflow": sys.maxsize,  # bytes; no answer needs a temporary file, as the disk may be full
+    "outbuf_high_watermark": sys.maxsize,  # bytes; to wait for one client to read would keep all others waiting
 }
 
 
@@ -507,24 +518,38 @@ def listen(host: str, port: int) -> list[socket.socket]:
     return sockets
 
 
-def refuse(channel: Any, status: int, detail: str) -> None:
-    """Answer on a waitress connection without the app, as RFC 9457 asks, and let it be closed."""
-    head = [*SAFE.items(), ("Content-Type", "application/problem+json"), *[("Retry-After", "1")] * (status == 503)]
-    refused = channel.parser_class(channel.adj)
-    refused.version = "1.1"
-    refused.error = SimpleNamespace(
-        to_response=lambda ident: (f"{status} {HTTP_CODES[status]}", head, render(status, detail).encode())
-    )
-    channel.requests.insert(0, refused)
-    channel.service()
+class Connection(HTTPChannel):
+    """A connection of waitress, whose answers can be held back, and replaced as long as they are."""
 
+    holding = False  # for all connections at once
 
-def take_back(channel: Any, error: HTTPError) -> None:
-    """Put a 503 in the place of a 202 that a waitress connection holds and has not sent yet."""
-    if b" 202 " in channel.outbufs[-1].get(len("HTTP/1.1 202 ")):
-        channel.outbufs[-1].skip(channel.total_outbufs_len, True)
-        channel.total_outbufs_len = 0
-        refuse(channel, 503, error.body)
+    def _flush_some(self, do_close: bool = True) -> bool:
+        return not Connection.holding and super()._flush_some(do_close)
+
+    def service(self) -> None:
+        """Answer the first request; what waitress refuses by itself would be plain text."""
+        if error := self.requests[0].error:
+            self.refuse(error.code, TOO_LARGE if error.code == 413 else error.body)
+        else:
+            super().service()
+
+    def refuse(self, status: int, detail: str) -> None:
+        """Answer without the app, as RFC 9457 asks, and close."""
+        head = [*SAFE.items(), ("Content-Type", "application/problem+json"), *[("Retry-After", "1")] * (status == 503)]
+        refused = self.parser_class(self.adj)
+        refused.version = "1.1"
+        refused.error = SimpleNamespace(
+            to_response=lambda ident: (f"{status} {HTTP_CODES[status]}", head, render(status, detail).encode())
+        )
+        self.requests.insert(0, refused)
+        super().service()
+
+    def take_back(self, error: HTTPError) -> None:
+        """Put a 503 in the place of a 202 that is held back."""
+        if self.outbufs[-1].get(12)[9:12] == b"202":
+            self.outbufs[-1].skip(self.total_outbufs_len, True)
+            self.total_outbufs_len = 0
+            self.refuse(503, error.body)
 
 
 def serve(app: Bottle, store: Store, sockets: list[socket.socket], greeting: str) -> None:
@@ -536,84 +561,92 @@ def serve(app: Bottle, store: Store, sockets: list[socket.socket], greeting: str
     stopping: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: stopping.append(number))
-    channels: dict[int, Any] = {}  # waitress's listeners and connections, by file number
-    server = waitress.create_server(app, map=channels, sockets=sockets, **WAITRESS)
-    for listener in channels.values():
+    connections: dict[int, Any] = {}  # and listeners, by file number
+    server = waitress.create_server(app, map=connections, sockets=sockets, **WAITRESS)
+    for listener in connections.values():
+        listener.channel_class = Connection
         listener.pull_trigger = lambda: None  # nobody sleeps while there is something to send
     arrived = server.task_dispatcher.queue  # of connections with a whole request
-    poller, stirred = select.poll(), set()
+    held: list[Connection] = []  # those whose client must read first, or whose message waits for the lock
+    blocked_since: float | None = None  # when another process was first found to have the lock
+    poller, stirred, listening = select.poll(), set(), set(connections)
 
     def receive(seconds: float) -> bool:
-        """Let waitress handle what happens, and return whether it took a connection. Its own loop asks each connection
-        what it waits for at every turn, so that idle ones slow down all; this asks those that something happened to."""
-        for number in stirred:
-            if channel := channels.get(number):
-                reads, writes = channel.readable() and select.POLLIN, channel.writable() and select.POLLOUT
+        """Let waitress handle what happens, and return whether there may be a new connection. Its own loop asks each
+        connection at every turn what it waits for, so that idle ones slow down all; this asks those that something
+        happened to."""
+        for number in stirred | listening:  # these may have met the limit of connections
+            if connection := connections.get(number):
+                reads, writes = connection.readable() and select.POLLIN, connection.writable() and select.POLLOUT
                 poller.register(number, reads | writes)
             else:
                 poller.unregister(number)
         stirred.clear()
-        newest = next(reversed(channels))
+        newest = next(reversed(connections))
         for number, events in poller.poll(1000 * seconds):
-            wasyncore.readwrite(channels[number], events)
-            stirred.update((number, next(reversed(channels))))
-        return newest != next(reversed(channels))
+            wasyncore.readwrite(connections[number], events)
+            stirred.update((number, next(reversed(connections))))
+        return newest != next(reversed(connections))
 
-    def respond(ready: list[Any]) -> None:
-        server.adj.send_bytes = sys.maxsize  # waitress keeps the answers ...
-        for channel in ready:
-            if error := channel.requests[0].error:  # of waitress, which would send plain text
-                refuse(channel, error.code, TOO_LARGE if error.code == 413 else error.body)
-            else:
-                channel.service()
-        server.adj.send_bytes = 1  # ... until it is asked to send them
+    def service(ready: list[Connection]) -> None:
+        Connection.holding = True
+        for connection in ready:
+            connection.service()
+        Connection.holding = False
 
     def turn() -> None:
-        seconds = LOCK_RETRY if arrived else IDLE
-        while receive(seconds):
-            seconds = 0  # a new connection has something to read, as a rule
-        ready = [channel for channel in arrived if channel.socket]  # the others have hung up
+        nonlocal blocked_since
+        for seconds in (0 if arrived else LOCK_RETRY if held else IDLE, *[0] * MAX_ACCEPTED):
+            if not receive(seconds):  # else there is something to read on a new connection, as a rule
+                break
+        ready = [connection for connection in (*held, *arrived) if connection.socket]  # the others have hung up
+        stirred.update(connection.socket.fileno() for connection in ready)
+        held[:] = [connection for connection in ready if connection.total_outbufs_len]
         arrived.clear()
-        stirred.update(channel.socket.fileno() for channel in ready)
         posts, others = [], []
-        for channel in ready:
-            if channel.total_outbufs_len:
-                arrived.append(channel)  # until its last answer is sent
-            elif getattr(channel.requests[0], "command", None) == "POST":
-                posts.append(channel)
-            else:
-                others.append(channel)
-        respond(others)
-        for channel in others:
-            channel.handle_write()
+        for connection in ready:
+            if not connection.total_outbufs_len:
+                is_post = getattr(connection.requests[0], "command", None) == "POST"
+                (posts if is_post else others).append(connection)
+        service(others)
+        for connection in others:
+            connection.handle_write()
+        begun = not posts
         try:
             if posts:
                 with store.transaction():
-                    respond(posts)
+                    begun = True
+                    service(posts)
         except HTTPError as error:
-            for channel in posts:
-                if channel.total_outbufs_len:
-                    take_back(channel, error)
-                elif time.monotonic() < store.trouble[0] + LOCK_PATIENCE:
-                    arrived.append(channel)
-                else:
-                    channel.service()  # meets the error by itself, and says so
-        for channel in posts:
-            channel.handle_write()
+            if begun:
+                for connection in posts:
+                    connection.take_back(error)
+            elif time.monotonic() < (blocked_since or time.monotonic()) + LOCK_PATIENCE:
+                held.extend(posts)
+            else:
+                service(posts)  # each fails by itself, and says why
+        blocked_since = None if begun else blocked_since or time.monotonic()
+        for connection in posts:
+            connection.handle_write()
 
+    receive(0)  # so that every listener is registered before it is closed
     print(greeting, flush=True)
     while not stopping:
-        stirred.update(channels)  # all of them once a second, for waitress's timeouts
+        stirred.update(connections)  # all of them once a second, for waitress's timeouts and for ours
+        for connection in [*connections.values()]:
+            if getattr(connection, "total_outbufs_len", 0) and connection.last_activity < time.time() - READ_PATIENCE:
+                connection.handle_close()
         second = time.monotonic() + 1
         while not stopping and time.monotonic() < second:
             turn()
-    stirred.update(channels)
-    for listener in [channel for channel in channels.values() if channel.accepting]:
+    stirred.update(connections)
+    listening.clear()
+    for listener in [connection for connection in connections.values() if connection.accepting]:
         wasyncore.dispatcher.close(listener)
     deadline, busy = time.monotonic() + DRAIN_PATIENCE, True
     while busy and time.monotonic() < deadline:
         turn()
-        busy = any(getattr(c, "requests", 0) or getattr(c, "request", 0) or c.writable() for c in channels.values())
+        busy = any(getattr(c, "requests", 0) or getattr(c, "request", 0) or c.writable() for c in connections.values())
 
 
 def main() -> None:

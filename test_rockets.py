@@ -870,11 +870,11 @@ def test_every_answer_is_as_described(app, file):
 class Process:
     """The service as a user starts it; stopped at the end of the with block."""
 
-    def __init__(self, file, *options, **environ):
-        self.file, self.options, self.environ = file, options, environ
+    def __init__(self, file, *options, program=(SERVICE,), **environ):
+        self.file, self.options, self.program, self.environ = file, options, program, environ
 
     def __enter__(self):
-        command = [sys.executable, SERVICE, "--database", self.file, "--port", "0", *self.options]
+        command = [sys.executable, *self.program, "--database", self.file, "--port", "0", *self.options]
         self.popen = subprocess.Popen(
             command, env=os.environ | self.environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
@@ -1132,6 +1132,17 @@ def test_a_file_that_is_no_database_of_ours_is_one_line_and_left_as_it_was(file,
     assert [path.name for path in file.parent.iterdir()] == [file.name]
 
 
+def test_a_database_that_is_damaged_inside_is_one_line(file):
+    a_whole_database(file)
+    damaged = bytearray(file.read_bytes())
+    with closing(sqlite3.connect(file)) as connection:
+        (page,) = connection.execute("SELECT rootpage FROM sqlite_schema WHERE name = 'rockets'").fetchone()
+    damaged[(page - 1) * 4096 : page * 4096] = b"\x55" * 4096
+    file.write_bytes(damaged)
+    code, said = start_in_vain(file)
+    assert (code, said) == (1, f"rockets: cannot use {file} as the database: database disk image is malformed\n")
+
+
 @pytest.mark.parametrize("file", ["/proc/rockets.db", "/nowhere/at/all/rockets.db"])
 def test_a_folder_that_takes_no_file_is_one_line(file):
     code, said = start_in_vain(file)
@@ -1193,7 +1204,7 @@ def test_a_full_disk_fails_all_that_share_its_commit_and_each_is_taken_later(fil
         limit = os.path.getsize(f"{file}-wal") + 4096
         resource.prlimit(process.popen.pid, resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
         other.execute("BEGIN IMMEDIATE")
-        with post_from_threads(process, [*bodies, "not a message"]) as answers:
+        with post_from_threads(process, [*bodies, {"metadata": "not a 202 at all"}]) as answers:
             time.sleep(0.5)
             other.execute("ROLLBACK")  # so that all of them come to one transaction
         assert Counter(status for status, *_ in answers) == {503: 8, 400: 1}
@@ -1208,6 +1219,39 @@ def test_a_full_disk_fails_all_that_share_its_commit_and_each_is_taken_later(fil
         assert process.request(f"/rockets/{CHANNEL}") == (200, fold([launch(1), *bodies]))
 
 
+def test_a_statement_that_fails_takes_back_all_that_share_its_transaction(file):
+    channels = [str(uuid.UUID(int=number)) for number in range(120)]  # so much that SQLite writes before the commit
+    with Process(file) as process, closing(sqlite3.connect(file, isolation_level=None)) as other:
+        resource.prlimit(process.popen.pid, resource.RLIMIT_FSIZE, (3_000_000, resource.RLIM_INFINITY))
+        other.execute("BEGIN IMMEDIATE")
+        with post_from_threads(process, [launch(pad="x" * 50_000, channel=channel) for channel in channels]) as answers:
+            time.sleep(1)
+            other.execute("ROLLBACK")
+        assert Counter(status for status, *_ in answers) == {503: 120}
+        assert process.request("/rockets")[1]["count"] == 0
+        metrics = urllib.request.urlopen(process.url + "/metrics").read().decode()
+        assert 'outcome="failed"} 120\n' in metrics and "rockets_commits_total 0\n" in metrics
+
+
+def test_a_lock_that_comes_again_is_waited_for_again_and_health_tells_of_failures_alone(file):
+    with Process(file) as process, closing(sqlite3.connect(file, isolation_level=None)) as other:
+        for pause in (3, 2):  # together more than the patience with one lock
+            other.execute("BEGIN IMMEDIATE")
+            with socket.create_connection(("127.0.0.1", int(process.url.rpartition(":")[2]))) as connection:
+                connection.sendall(http(BODY, LENGTH))
+                time.sleep(pause)
+                assert process.request("/health")[0] == 200
+            time.sleep(0.2)  # it has hung up
+            if pause == 2:
+                with post_from_threads(process, [faster(2, 1)]) as answers:
+                    time.sleep(0.5)
+                    other.execute("ROLLBACK")
+                assert [status for status, *_ in answers] == [202]
+            else:
+                other.execute("ROLLBACK")
+                time.sleep(0.2)
+
+
 def test_a_full_disk_is_a_503_that_leaves_nothing_half_written(file):
     with Process(file) as process:
         process.request("/messages", launch(1))
@@ -1216,6 +1260,8 @@ def test_a_full_disk_is_a_503_that_leaves_nothing_half_written(file):
         status, answer = process.request("/messages", launch(2, pad="x" * 30_000))
         assert (status, answer["title"]) == (503, "Service Unavailable")
         assert process.request(f"/rockets/{CHANNEL}") == (200, fold([launch(1)]))
+        assert process.request("/health")[0] == 503
+        assert process.request("/messages", launch(1)) == (202, {"status": "duplicate"})
         assert process.request("/health")[0] == 503
         resource.prlimit(process.popen.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
         assert process.request("/messages", launch(2, pad="x" * 30_000)) == (202, {"status": "applied"})
@@ -1375,6 +1421,52 @@ def test_a_request_in_the_body_of_another_is_not_served(file):
     with Process(file) as process:
         exchange(process, both)
         assert process.request("/health")[1]["messages"] <= 1
+
+
+def test_no_202_leaves_before_the_commit_even_if_the_client_expects_a_continue_behind_it(file):
+    with Process(file) as process:
+        aside = file.rename(file.with_name("aside"))
+        received = exchange(
+            process, http(BODY, LENGTH, close=False) + http(b"", LENGTH + "Expect: 100-continue\r\n"), 1
+        )
+        assert re.findall(rb"HTTP/1\.1 (\d{3})", received)[0] == b"503"
+        aside.rename(file)
+        assert process.request("/health")[0] == 503  # for the message that was not stored: the service lives
+
+
+def test_pipelined_requests_are_answered_one_after_the_other_without_a_pause(file):
+    ask = b"GET /health HTTP/1.1\r\nHost: localhost\r\n"
+    with Process(file) as process:
+        began = time.monotonic()
+        received = exchange(process, (ask + b"\r\n") * 49 + ask + b"Connection: close\r\n\r\n")
+        assert received.count(b"HTTP/1.1 200 OK") == 50
+        assert time.monotonic() - began < 0.8  # a pause of 0.02 s after each would make it 1
+
+
+def test_an_answer_of_many_megabytes_needs_no_room_on_the_disk(file):
+    with Process(file) as process:
+        for number in range(1, 301):
+            assert process.request("/messages", launch(number, pad="x" * 10_000))[0] == 202
+        resource.prlimit(process.popen.pid, resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+        assert process.request(f"/rockets/{CHANNEL}/messages")[1]["count"] == 300
+
+
+def test_a_client_that_never_reads_is_dropped_in_the_end(file):
+    program = f"import sys; sys.path.insert(0, {str(SERVICE.parent)!r}); import rockets; rockets.READ_PATIENCE = 1"
+    with Process(file, program=["-c", f"{program}; rockets.main()"]) as process:
+        for number in range(1, 301):
+            process.request("/messages", launch(number, pad="x" * 20_000))
+        before = len(os.listdir(f"/proc/{process.popen.pid}/fd"))
+        with socket.create_connection(("127.0.0.1", int(process.url.rpartition(":")[2]))) as deaf:
+            deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            deaf.sendall(f"GET /rockets/{CHANNEL}/messages HTTP/1.1\r\nHost: localhost\r\n\r\n".encode() * 3)
+            while len(os.listdir(f"/proc/{process.popen.pid}/fd")) == before:
+                time.sleep(0.01)
+            for _ in range(50):
+                time.sleep(0.1)
+                held = len(os.listdir(f"/proc/{process.popen.pid}/fd")) - before
+            assert held == 0
+        assert process.request("/health")[0] == 200
 
 
 def test_a_burst_over_many_connections_is_answered_without_a_5xx(file):
