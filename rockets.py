@@ -344,7 +344,7 @@ class Store:
                 self.writer.execute("COMMIT")
                 self.verify()
                 self.commits += self.writer.total_changes > before
-        except (sqlite3.Error, OSError) as error:
+        except Exception as error:  # whatever it is, no half of a message may stay
             self.failure = error
             if self.writer.in_transaction:
                 self.writer.execute("ROLLBACK")
