@@ -1,7 +1,7 @@
 """Rockets takes in what rockets in flight report and serves their current state as JSON.
 
-Messages arrive out of order and more than once. A 202 means that this message is on disk, counts exactly once and is
-in every later answer; neither a crash nor a power cut takes it back.
+Messages arrive out of order and more than once. A 202 means that this message (or the first one with its number) is on
+disk, counts exactly once and is in every later answer; neither a crash nor a power cut takes it back.
 
 The idea: the state of a rocket is a function of the set of its messages, not of their order. So each message counts as
 soon as it arrives, by one upsert in which speed changes add up while message numbers decide which launch, mission and
@@ -52,11 +52,11 @@ MAX_SPEED = 2**31 - 1
 MAX_NUMBER = 2**53 - 1  # up to here every JSON parser reads whole numbers exactly (RFC 8259, section 6)
 MAX_PAGE = 10_000  # messages in one answer
 READ_PATIENCE = 60  # seconds for a client to read some of its answer
-MAX_ACCEPTED = 100  # connections in one turn; more must not keep these waiting
+MAX_LOOKS = 100  # for new connections in one turn; more of them must not keep these waiting
 LOCK_PATIENCE = 4  # seconds that POSTs wait for another process's lock; the sender gives up after 10
 LOCK_RETRY = 0.02  # seconds between two looks whether it is gone
 TROUBLE_SHOWN = 30  # seconds that /health tells of a failed write, unless another succeeds
-DRAIN_PATIENCE = 4  # seconds after SIGTERM in which requests under way are answered
+DRAIN_PATIENCE = 4  # seconds after SIGTERM or Ctrl-C in which requests under way are answered
 IDLE = 0.2  # seconds between two looks for a signal to stop while there are no requests
 BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, float("inf"))  # seconds
 
@@ -207,7 +207,7 @@ MESSAGE_TYPES = {
     "RocketExploded": {"reason": NAME},
     "RocketMissionChanged": {"newMission": NAME},
 }
-UNKNOWN = dict.fromkeys(field for fields in MESSAGE_TYPES.values() for field in fields)
+NO_CONTENT = dict.fromkeys(field for fields in MESSAGE_TYPES.values() for field in fields)  # UPSERT names all
 METADATA = CHANNEL | {
     "messageNumber": whole(1, MAX_NUMBER),
     "messageTime": text("an RFC 3339 time with an offset, such as 2022-02-02T19:39:05+01:00", RFC_3339, to_utc),
@@ -242,12 +242,12 @@ def parse_message(body: bytes) -> dict:
         raise HTTPError(400, f"the body must hold at most {MAX_BRACKETS} opening brackets of objects and arrays")
     try:
         envelope = decode(body.decode())
-        read_fields(envelope, {})
+        read_fields(envelope, {})  # raises unless it is an object
         metadata, content = envelope.get("metadata"), envelope.get("message")
-        message = UNKNOWN | read_fields(metadata, METADATA, "metadata")
+        message = NO_CONTENT | read_fields(metadata, METADATA, "metadata")
         message |= read_fields(content, MESSAGE_TYPES[message["messageType"]], "message")
         message |= {"utc": message["messageTime"], "messageTime": metadata["messageTime"], "message": encode(content)}
-        message["message"].encode()
+        message["message"].encode()  # raises for a lone surrogate
     except ValueError as error:
         why = f"in UTF-8, with finite numbers and whole characters: {str(error).partition(';')[0]}"
         raise HTTPError(400, f"the body must be JSON {why}") from error
@@ -284,7 +284,7 @@ def connect(path: str, mode: str = "rw") -> sqlite3.Connection:
 
 
 def unavailable(why: Any) -> HTTPError:
-    why = f"the database is not available: {why}; try again, as a message that comes twice counts once"
+    why = f"the database is not available: {why}; try again (a message that comes twice counts once)"
     return HTTPError(503, why, Retry_After="1")
 
 
@@ -304,11 +304,11 @@ class Store:
             self.files = {name: os.stat(name) for name in (path, f"{path}-wal")}
         except (sqlite3.Error, OSError) as error:
             raise OSError(f"cannot use {path} as the database: {error}") from error
-        self.within, self.failure = False, None  # whether a transaction is under way, and what it has failed with
+        self.within, self.failure = False, None  # a transaction, and what this one or the last one has failed with
         self.posts: list[tuple[str, float]] = []  # outcome and begin of those that are part of it
         self.outcomes = dict.fromkeys(("applied", "duplicate", "conflicting", "rejected", "failed"), 0)
         self.commits, self.durations, self.spent = 0, [0] * len(BUCKETS), 0.0
-        self.failed_at: float | None = None  # when a message could not be stored, if none was stored since
+        self.failed_at: float | None = None  # when a message could not be stored, if no new one was since
 
     def verify(self) -> None:
         """Raise OSError unless the files are those that were opened: what goes to a deleted file is lost."""
@@ -335,10 +335,10 @@ class Store:
         try:
             if outermost:
                 self.writer.execute("BEGIN IMMEDIATE")
-                self.within = True
+                self.within, self.failure = True, None
             if self.failure is None:
                 yield
-            if self.failure is not None:
+            if self.failure is not None:  # of a part, whose handler answers the error and goes no further
                 raise self.failure
             if outermost:
                 self.writer.execute("COMMIT")
@@ -352,7 +352,7 @@ class Store:
         finally:
             if outermost:
                 self.settle(stored=self.failure is None)
-                self.within, self.failure = False, None
+                self.within = False
 
     def apply(self, message: dict) -> str:
         """Count a message, and keep it in the log; return 'applied', 'duplicate' or 'conflicting'."""
@@ -372,6 +372,10 @@ class Store:
         now = time.perf_counter()
         for outcome, began in self.posts:
             result = outcome if stored or outcome == "rejected" else "failed"
+            if result == "failed" and self.failed_at is None:
+                log.error("messages can't be stored: %a", str(self.failure))
+            if result == "applied" and self.failed_at is not None:
+                log.error("messages are stored again")
             self.failed_at = {"failed": now, "applied": None}.get(result, self.failed_at)
             self.outcomes[result] += 1
             self.durations[bisect_left(BUCKETS, now - began)] += 1
@@ -478,7 +482,7 @@ def create_app(store: Store) -> Bottle:
     @app.get("/health")
     def get_health() -> bytes:
         if store.failed_at and time.perf_counter() < store.failed_at + TROUBLE_SHOWN:
-            raise unavailable("the last message could not be stored")
+            raise unavailable("a message could not be stored, and no new one was since")
         return answer(store.read(HEALTH))
 
     @app.get("/metrics")
@@ -497,7 +501,7 @@ WAITRESS = {
     "ident": "rockets",
     "threads": 0,  # nobody but serve() takes requests from the queue for threads
     "connection_limit": 1000,  # more of them wait in the system
-    "max_request_body_size": MAX_BODY + 1,  # and more are a 413 before they are read
+    "max_request_body_size": MAX_BODY + 1,  # bytes; so many and more are a 413 before they are read
     "outbuf_overflow": sys.maxsize,  # bytes; no answer needs a temporary file, as the disk may be full
     "outbuf_high_watermark": sys.maxsize,  # bytes; to wait for one client to read would keep all others waiting
 }
@@ -534,7 +538,11 @@ class Connection(HTTPChannel):
             super().service()
 
     def refuse(self, status: int, detail: str) -> None:
-        """Answer without the app, as RFC 9457 asks, and close."""
+        """Answer without the app, as RFC 9457 asks, and close.
+
+        waitress writes the answer to the first of the requests: one that is made up here, and put before all others.
+        """
+        log.info("%d %a", status, f"{self.addr[0]} {detail}")
         head = [*SAFE.items(), ("Content-Type", "application/problem+json"), *[("Retry-After", "1")] * (status == 503)]
         refused = self.parser_class(self.adj)
         refused.version = "1.1"
@@ -545,7 +553,7 @@ class Connection(HTTPChannel):
         super().service()
 
     def take_back(self, error: HTTPError) -> None:
-        """Put a 503 in the place of a 202 that is held back."""
+        """Put a 503 in the place of the answer that is held back, if that begins with HTTP/1.1 202."""
         if self.outbufs[-1].get(12)[9:12] == b"202":
             self.outbufs[-1].skip(self.total_outbufs_len, True)
             self.total_outbufs_len = 0
@@ -567,28 +575,28 @@ def serve(app: Bottle, store: Store, sockets: list[socket.socket], greeting: str
         listener.channel_class = Connection
         listener.pull_trigger = lambda: None  # nobody sleeps while there is something to send
     arrived = server.task_dispatcher.queue  # of connections with a whole request
-    held: list[Connection] = []  # those whose client must read first, or whose message waits for the lock
+    waiting: list[Connection] = []  # those whose client must read first, or whose message waits for the lock
     blocked_since: float | None = None  # when another process was first found to have the lock
     poller, stirred, listening = select.poll(), set(), set(connections)
 
     def receive(seconds: float) -> bool:
         """Let waitress handle what happens, and return whether there may be a new connection. Its own loop asks each
         connection at every turn what it waits for, so that idle ones slow down all; this asks those that something
-        happened to."""
-        for number in stirred | listening:  # these may have met the limit of connections
+        happened to, and the listeners, which waitress pauses at its limit of connections."""
+        for number in stirred | listening:
             if connection := connections.get(number):
                 reads, writes = connection.readable() and select.POLLIN, connection.writable() and select.POLLOUT
                 poller.register(number, reads | writes)
             else:
                 poller.unregister(number)
         stirred.clear()
-        newest = next(reversed(connections))
+        newest = next(reversed(connections))  # the last key of a dict
         for number, events in poller.poll(1000 * seconds):
             wasyncore.readwrite(connections[number], events)
             stirred.update((number, next(reversed(connections))))
         return newest != next(reversed(connections))
 
-    def service(ready: list[Connection]) -> None:
+    def service_all(ready: list[Connection]) -> None:
         Connection.holding = True
         for connection in ready:
             connection.service()
@@ -596,35 +604,35 @@ def serve(app: Bottle, store: Store, sockets: list[socket.socket], greeting: str
 
     def turn() -> None:
         nonlocal blocked_since
-        for seconds in (0 if arrived else LOCK_RETRY if held else IDLE, *[0] * MAX_ACCEPTED):
-            if not receive(seconds):  # else there is something to read on a new connection, as a rule
+        for seconds in (0 if arrived else LOCK_RETRY if waiting else IDLE, *[0] * MAX_LOOKS):
+            if not receive(seconds):  # else look again at once: a new connection has sent its request, as a rule
                 break
-        ready = [connection for connection in (*held, *arrived) if connection.socket]  # the others have hung up
+        ready = [connection for connection in (*waiting, *arrived) if connection.socket]  # the others have hung up
         stirred.update(connection.socket.fileno() for connection in ready)
-        held[:] = [connection for connection in ready if connection.total_outbufs_len]
+        waiting[:] = [connection for connection in ready if connection.total_outbufs_len]
         arrived.clear()
         posts, others = [], []
         for connection in ready:
             if not connection.total_outbufs_len:
                 is_post = getattr(connection.requests[0], "command", None) == "POST"
                 (posts if is_post else others).append(connection)
-        service(others)
+        service_all(others)
         for connection in others:
             connection.handle_write()
-        begun = not posts
+        begun = not posts  # the transaction, which needs the lock
         try:
             if posts:
                 with store.transaction():
                     begun = True
-                    service(posts)
+                    service_all(posts)
         except HTTPError as error:
             if begun:
                 for connection in posts:
                     connection.take_back(error)
             elif time.monotonic() < (blocked_since or time.monotonic()) + LOCK_PATIENCE:
-                held.extend(posts)
+                waiting.extend(posts)
             else:
-                service(posts)  # each fails by itself, and says why
+                service_all(posts)  # each fails by itself, and says why
         blocked_since = None if begun else blocked_since or time.monotonic()
         for connection in posts:
             connection.handle_write()
@@ -661,7 +669,7 @@ def main() -> None:
     option("--host", default=environ("HOST", "localhost"), help="address to listen on; localhost is all loopback ones")
     option("--port", type=int, default=environ("PORT", "8088"), help="port to listen on; 0 takes any free one")
     option("--database", metavar="FILE", default=environ("DATABASE", "rockets.db"), help="SQLite file to keep all in")
-    option("--threads", metavar="N", type=int, default=1, help="of no effect, as one thread does everything")
+    option("--threads", metavar="N", type=int, default=1, help="ignored, for scripts that name it: one thread does all")
     option("--reset", action="store_true", help="start from an empty database")
     option("--verbose", action="store_true", help="log every request")
     args = parser.parse_args()

@@ -1309,6 +1309,14 @@ def test_a_database_that_is_gone_is_a_503_until_it_is_back(file, way, suffix):
         aside.rename(moved)  # and with it the message, which was stored before it was found that the file is gone
         assert process.request("/messages", faster(2, 5)) == (202, {"status": "duplicate"})
         assert process.request(f"/rockets/{CHANNEL}") == (200, fold([launch(1), faster(2, 5)]))
+        assert process.request("/messages", faster(3, 5)) == (202, {"status": "applied"})
+        assert process.request("/health")[0] == 200
+        process.popen.terminate()
+        logged = process.popen.communicate()[1].splitlines()
+        assert [line.split(" ERROR ")[1].split(":")[0] for line in logged] == [
+            "messages can't be stored",
+            "messages are stored again",
+        ]
 
 
 def test_every_message_outlives_kill_after_kill(file):
@@ -1443,6 +1451,18 @@ def test_pipelined_requests_are_answered_one_after_the_other_without_a_pause(fil
         assert time.monotonic() - began < 0.8  # a pause of 0.02 s after each would make it 1
 
 
+def test_pipelined_requests_of_a_slow_reader_are_all_answered(file):
+    ask = f"GET /rockets/{CHANNEL}/messages HTTP/1.1\r\nHost: localhost\r\n".encode()
+    with Process(file) as process:
+        for number in range(1, 101):
+            process.request("/messages", launch(number, pad="x" * 60_000))
+        with socket.create_connection(("127.0.0.1", int(process.url.rpartition(":")[2])), 10) as connection:
+            connection.sendall((ask + b"\r\n") * 4 + ask + b"Connection: close\r\n\r\n")
+            time.sleep(0.5)  # 6 MB are more than the system takes without a reader
+            received = b"".join(iter(lambda: connection.recv(1 << 20), b""))
+        assert received.count(b"HTTP/1.1 200 OK") == 5
+
+
 def test_an_answer_of_many_megabytes_needs_no_room_on_the_disk(file):
     with Process(file) as process:
         for number in range(1, 301):
@@ -1456,6 +1476,7 @@ def test_a_client_that_never_reads_is_dropped_in_the_end(file):
     with Process(file, program=["-c", f"{program}; rockets.main()"]) as process:
         for number in range(1, 301):
             process.request("/messages", launch(number, pad="x" * 20_000))
+        time.sleep(0.3)  # until the last connection is closed
         before = len(os.listdir(f"/proc/{process.popen.pid}/fd"))
         with socket.create_connection(("127.0.0.1", int(process.url.rpartition(":")[2]))) as deaf:
             deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)

@@ -1,6 +1,6 @@
 """Soak proves at full length what the tests can only show in short: that nothing acknowledged is lost.
 
-    python tools/soak.py                     about two minutes; exits 1 if anything was lost or refused
+    python tools/soak.py                     about a minute; exits 1 if anything was lost or refused
 
 It runs the service on a database of its own and kills it again and again while messages come in, sends a burst, and
 crowds it with connections that do nothing, hardly anything, or never read. Each message comes on a new connection and
