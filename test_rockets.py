@@ -27,6 +27,7 @@ from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 import pytest
+from bottle import HTTPError
 from webtest import TestApp
 
 import rockets
@@ -1292,6 +1293,22 @@ def test_a_disk_without_room_takes_messages_again_once_it_has_room(tmp_path):
             assert process.request("/health") == (200, {"status": "ok", "rockets": 1, "messages": 2})
     finally:
         subprocess.run(["umount", disk], check=True)
+
+
+def test_of_a_message_that_fails_half_way_nothing_stays_and_the_next_one_is_taken(file):
+    store = rockets.Store(str(file))
+    good, broken = [rockets.parse_message(json.dumps(launch(number)).encode()) for number in (1, 2)]
+    del broken["message"]  # as no valid message can lack it; the upsert does without, the log doesn't
+    with pytest.raises(HTTPError), store.transaction():
+        assert store.apply(good) == "applied"
+        with pytest.raises(HTTPError):
+            store.apply(broken)
+    assert dump(file) == [[], []]
+    with pytest.raises(HTTPError):
+        store.apply(broken)
+    assert store.apply(good) == "applied"
+    store.close()
+    assert [row[1] for row in dump(file)[1]] == [1]
 
 
 @pytest.mark.parametrize("suffix", ["", "-wal"])
