@@ -17,6 +17,7 @@ import json
 import logging
 import os
 import re
+import resource
 import select
 import signal
 import socket
@@ -500,7 +501,7 @@ def create_app(store: Store) -> Bottle:
 WAITRESS = {
     "ident": "rockets",
     "threads": 0,  # nobody but serve() takes requests from the queue for threads
-    "connection_limit": 1000,  # more of them wait in the system
+    "connection_limit": min(1000, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 50),  # more wait in the system
     "max_request_body_size": MAX_BODY + 1,  # bytes; so many and more are a 413 before they are read
     "outbuf_overflow": sys.maxsize,  # bytes; no answer needs a temporary file, as the disk may be full
     "outbuf_high_watermark": sys.maxsize,  # bytes; to wait for one client to read would keep all others waiting

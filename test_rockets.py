@@ -1080,6 +1080,26 @@ def test_a_body_that_is_still_coming_at_sigterm_is_taken(file):
         assert process.popen.wait(timeout=10) == 0
 
 
+def test_a_sigterm_that_comes_before_the_greeting_is_out_ends_it_all_the_same(file):
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    with pytest.raises(BlockingIOError):
+        while True:
+            os.write(writing, b"." * 4096)  # no room for the greeting
+    os.set_blocking(writing, True)
+    command = [sys.executable, SERVICE, "--database", file, "--port", "0"]
+    popen = subprocess.Popen(command, stdout=writing, stderr=subprocess.PIPE)
+    os.close(writing)
+    while not Path(f"{file}-wal").exists():
+        time.sleep(0.01)
+    time.sleep(0.5)
+    popen.terminate()
+    time.sleep(0.1)
+    with open(reading, "rb") as pipe:
+        pipe.read()
+    assert (popen.communicate(timeout=10)[1], popen.returncode) == (b"", 0)
+
+
 def a_text_file(file):
     file.write_bytes(b"Dear diary, " * 1000)
 
@@ -1488,9 +1508,30 @@ def test_an_answer_of_many_megabytes_needs_no_room_on_the_disk(file):
         assert process.request(f"/rockets/{CHANNEL}/messages")[1]["count"] == 300
 
 
+def changed(change):
+    """Return the arguments that make Python run the service after a change."""
+    return ["-c", f"import sys; sys.path.insert(0, {str(SERVICE.parent)!r}); {change}; import rockets; rockets.main()"]
+
+
+def test_more_connections_than_the_system_allows_wait_and_cost_nothing(file):
+    few = changed("import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (80, 80))")
+    with Process(file, program=few) as process, ExitStack() as crowd:
+
+        def ticks():
+            return sum(map(int, Path(f"/proc/{process.popen.pid}/stat").read_text().split()[13:15]))
+
+        for _ in range(100):
+            crowd.enter_context(socket.create_connection(("127.0.0.1", int(process.url.rpartition(":")[2]))))
+        time.sleep(0.5)
+        before = ticks()
+        time.sleep(1)
+        assert ticks() - before < 0.3 * os.sysconf("SC_CLK_TCK")
+        crowd.close()
+        assert process.request("/health")[0] == 200
+
+
 def test_a_client_that_never_reads_is_dropped_in_the_end(file):
-    program = f"import sys; sys.path.insert(0, {str(SERVICE.parent)!r}); import rockets; rockets.READ_PATIENCE = 1"
-    with Process(file, program=["-c", f"{program}; rockets.main()"]) as process:
+    with Process(file, program=changed("import rockets; rockets.READ_PATIENCE = 1")) as process:
         for number in range(1, 301):
             process.request("/messages", launch(number, pad="x" * 20_000))
         time.sleep(0.3)  # until the last connection is closed
