@@ -41,6 +41,7 @@ import waitress
 from bottle import HTTP_CODES, Bottle, HTTPError, HTTPResponse, request, response
 from waitress import wasyncore
 from waitress.channel import HTTPChannel
+from waitress.parser import HTTPRequestParser, ParsingError
 
 VERSION = "1.0.0"
 STATIC = Path(__file__).resolve().parent / "static"
@@ -309,6 +310,7 @@ class Store:
         self.posts: list[tuple[str, float]] = []  # outcome and begin of those that are part of it
         self.outcomes = dict.fromkeys(("applied", "duplicate", "conflicting", "rejected", "failed"), 0)
         self.commits, self.durations, self.spent = 0, [0] * len(BUCKETS), 0.0
+        self.since: float | None = None  # when the message that is being served began to wait for the lock, if it did
         self.failed_at: float | None = None  # when a message could not be stored, if no new one was since
 
     def verify(self) -> None:
@@ -452,7 +454,7 @@ def create_app(store: Store) -> Bottle:
 
     @app.post("/messages")
     def post_message() -> HTTPResponse:
-        began, outcome = time.perf_counter(), "rejected"
+        began, outcome = store.since or time.perf_counter(), "rejected"
         try:
             refuse_other_sites()
             message = parse_message(request.body.read(MAX_BODY + 1))
@@ -523,10 +525,27 @@ def listen(host: str, port: int) -> list[socket.socket]:
     return sockets
 
 
+class Request(HTTPRequestParser):
+    """A request of waitress, mended where that would leave it without an answer."""
+
+    def received(self, data: bytes) -> int:
+        consumed = super().received(data)
+        self.expect_continue &= not self.completed  # else waitress asks for more of a request that is complete
+        return consumed
+
+    def parse_header(self, header_plus: bytes) -> None:
+        try:
+            super().parse_header(header_plus)
+        except ValueError as error:  # of an address or a number that can't be, which closes the connection
+            raise ParsingError(str(error)) from error
+
+
 class Connection(HTTPChannel):
     """A connection of waitress, whose answers can be held back, and replaced as long as they are."""
 
+    parser_class = Request
     holding = False  # for all connections at once
+    since: float | None = None  # when its message began to wait for the lock, if it does
 
     def _flush_some(self, do_close: bool = True) -> bool:
         return not Connection.holding and super()._flush_some(do_close)
@@ -578,6 +597,7 @@ def serve(app: Bottle, store: Store, sockets: list[socket.socket], greeting: str
     arrived = server.task_dispatcher.queue  # of connections with a whole request
     waiting: list[Connection] = []  # those whose client must read first, or whose message waits for the lock
     blocked_since: float | None = None  # when another process was first found to have the lock
+    deadline = float("inf")  # for all answers, once there is a signal to stop
     poller, stirred, listening = select.poll(), set(), set(connections)
 
     def receive(seconds: float) -> bool:
@@ -600,6 +620,7 @@ def serve(app: Bottle, store: Store, sockets: list[socket.socket], greeting: str
     def service_all(ready: list[Connection]) -> None:
         Connection.holding = True
         for connection in ready:
+            store.since, connection.since = connection.since, None
             connection.service()
         Connection.holding = False
 
@@ -610,13 +631,13 @@ def serve(app: Bottle, store: Store, sockets: list[socket.socket], greeting: str
                 break
         ready = [connection for connection in (*waiting, *arrived) if connection.socket]  # the others have hung up
         stirred.update(connection.socket.fileno() for connection in ready)
-        waiting[:] = [connection for connection in ready if connection.total_outbufs_len]
+        waiting.clear()
         arrived.clear()
         posts, others = [], []
         for connection in ready:
-            if not connection.total_outbufs_len:
-                is_post = getattr(connection.requests[0], "command", None) == "POST"
-                (posts if is_post else others).append(connection)
+            unread = connection.total_outbufs_len
+            is_post = not unread and getattr(connection.requests[0], "command", None) == "POST"
+            (waiting if unread else posts if is_post else others).append(connection)
         service_all(others)
         for connection in others:
             connection.handle_write()
@@ -630,8 +651,10 @@ def serve(app: Bottle, store: Store, sockets: list[socket.socket], greeting: str
             if begun:
                 for connection in posts:
                     connection.take_back(error)
-            elif time.monotonic() < (blocked_since or time.monotonic()) + LOCK_PATIENCE:
+            elif time.monotonic() < min((blocked_since or time.monotonic()) + LOCK_PATIENCE, deadline - 0.5):
                 waiting.extend(posts)
+                for connection in posts:
+                    connection.since = connection.since or time.perf_counter()
             else:
                 service_all(posts)  # each fails by itself, and says why
         blocked_since = None if begun else blocked_since or time.monotonic()
@@ -692,6 +715,8 @@ def main() -> None:
     holds = f"{args.database} holds {found['rockets']} rockets and {found['messages']} messages"
     serve(app, store, sockets, f"Rockets listens on {where}, {holds}")
     store.close()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)  # all is done; Python would die of a second one while it exits
 
 
 if __name__ == "__main__":

@@ -1100,6 +1100,28 @@ def test_a_sigterm_that_comes_before_the_greeting_is_out_ends_it_all_the_same(fi
     assert (popen.communicate(timeout=10)[1], popen.returncode) == (b"", 0)
 
 
+def test_a_message_that_meets_a_lock_after_sigterm_is_answered_all_the_same(file):
+    with Process(file) as process, closing(sqlite3.connect(file, isolation_level=None)) as other:
+        port = int(process.url.rpartition(":")[2])
+        with socket.create_connection(("127.0.0.1", port), 10) as connection:
+            connection.sendall(http(BODY, LENGTH)[:-20])
+            time.sleep(0.3)
+            other.execute("BEGIN IMMEDIATE")
+            process.popen.send_signal(signal.SIGTERM)
+            time.sleep(0.5)
+            connection.sendall(http(BODY, LENGTH)[-20:])
+            assert b" 503 " in connection.recv(65536)
+        assert process.popen.wait(timeout=5) == 0
+
+
+def test_a_second_sigterm_changes_nothing(file):
+    with Process(file) as process:
+        process.popen.terminate()
+        process.popen.stdout.read()  # until it is about to exit
+        process.popen.terminate()
+        assert process.popen.wait(timeout=5) == 0
+
+
 def a_text_file(file):
     file.write_bytes(b"Dear diary, " * 1000)
 
@@ -1181,6 +1203,8 @@ def test_posts_outlast_a_lock_of_two_seconds(file):
             assert answers == []
             other.execute("ROLLBACK")
         assert Counter(status for status, *_ in answers) == {202: 30}
+        metrics = urllib.request.urlopen(process.url + "/metrics").read().decode()
+        assert 'rockets_post_duration_seconds_bucket{le="1"} 0\n' in metrics  # the wait counts
         assert process.request("/health")[1]["messages"] == 30
 
 
@@ -1444,6 +1468,11 @@ LARGE = json.dumps(launch(pad="x" * 66_000)).encode()
         (http(BODY, LENGTH + "Transfer-Encoding: gzip\r\n"), [501]),
         (http(BODY, "Padding: " + "x" * 300_000 + "\r\n" + LENGTH), [431]),
         (b"nonsense\r\n\r\n", [400]),
+        (b"GET http://[::1 HTTP/1.1\r\n\r\n", [400]),
+        (http(BODY, f"Content-Length: {'9' * 5000}\r\n"), [400]),
+        (http(b"", "Content-Length: abc\r\nExpect: 100-continue\r\n"), [400]),
+        (http(b"", "Content-Length: 1000000\r\nExpect: 100-continue\r\n"), [413]),
+        (http(b"", "Content-Length: 0\r\nExpect: 100-continue\r\n", close=False) + http(BODY, LENGTH), [400, 202]),
     ],
 )
 def test_every_way_to_frame_a_request_gets_its_answer_and_the_next_client_too(file, data, statuses):
@@ -1456,6 +1485,8 @@ def test_every_way_to_frame_a_request_gets_its_answer_and_the_next_client_too(fi
             assert json.loads(body).keys() == {"title", "status", "detail"}
             assert json.loads(body)["status"] == statuses[-1]
         assert process.request("/health")[0] == 200
+        process.popen.terminate()
+        assert process.popen.communicate()[1] == ""
 
 
 def test_a_request_in_the_body_of_another_is_not_served(file):
