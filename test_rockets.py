@@ -1116,8 +1116,9 @@ def test_a_message_that_meets_a_lock_after_sigterm_is_answered_all_the_same(file
 
 def test_a_second_sigterm_changes_nothing(file):
     with Process(file) as process:
-        process.popen.terminate()
-        process.popen.stdout.read()  # until it is about to exit
+        with socket.create_connection(("127.0.0.1", int(process.url.rpartition(":")[2])), 10) as connection:
+            process.popen.terminate()
+            assert connection.recv(1) == b""  # it is about to exit
         process.popen.terminate()
         assert process.popen.wait(timeout=5) == 0
 
