@@ -54,6 +54,7 @@ MAX_SPEED = 2**31 - 1
 MAX_NUMBER = 2**53 - 1  # up to here every JSON parser reads whole numbers exactly (RFC 8259, section 6)
 MAX_PAGE = 10_000  # messages in one answer
 READ_PATIENCE = 60  # seconds for a client to read some of its answer
+MAX_CONNECTIONS = 1000  # at a time; more of them wait in the system
 MAX_LOOKS = 100  # for new connections in one turn; more of them must not keep these waiting
 LOCK_PATIENCE = 4  # seconds that POSTs wait for another process's lock; the sender gives up after 10
 LOCK_RETRY = 0.02  # seconds between two looks whether it is gone
@@ -375,11 +376,13 @@ class Store:
         now = time.perf_counter()
         for outcome, began in self.posts:
             result = outcome if stored or outcome == "rejected" else "failed"
-            if result == "failed" and self.failed_at is None:
-                log.error("messages can't be stored: %a", str(self.failure))
-            if result == "applied" and self.failed_at is not None:
+            if result == "failed":
+                if self.failed_at is None:
+                    log.error("messages can't be stored: %a", str(self.failure))
+                self.failed_at = now
+            elif result == "applied" and self.failed_at is not None:
                 log.error("messages are stored again")
-            self.failed_at = {"failed": now, "applied": None}.get(result, self.failed_at)
+                self.failed_at = None
             self.outcomes[result] += 1
             self.durations[bisect_left(BUCKETS, now - began)] += 1
             self.spent += now - began
@@ -503,7 +506,6 @@ def create_app(store: Store) -> Bottle:
 WAITRESS = {
     "ident": "rockets",
     "threads": 0,  # nobody but serve() takes requests from the queue for threads
-    "connection_limit": min(1000, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 50),  # more wait in the system
     "max_request_body_size": MAX_BODY + 1,  # bytes; so many and more are a 413 before they are read
     "outbuf_overflow": sys.maxsize,  # bytes; no answer needs a temporary file, as the disk may be full
     "outbuf_high_watermark": sys.maxsize,  # bytes; to wait for one client to read would keep all others waiting
@@ -590,7 +592,8 @@ def serve(app: Bottle, store: Store, sockets: list[socket.socket], greeting: str
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: stopping.append(number))
     connections: dict[int, Any] = {}  # and listeners, by file number
-    server = waitress.create_server(app, map=connections, sockets=sockets, **WAITRESS)
+    limit = min(MAX_CONNECTIONS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 50)  # else accept() fails for ever
+    server = waitress.create_server(app, map=connections, sockets=sockets, connection_limit=limit, **WAITRESS)
     for listener in connections.values():
         listener.channel_class = Connection
         listener.pull_trigger = lambda: None  # nobody sleeps while there is something to send

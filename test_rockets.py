@@ -891,6 +891,9 @@ class Process:
         self.popen.send_signal(number)
         return self.popen.wait(timeout=10)
 
+    def connect(self, timeout=10):
+        return socket.create_connection(("127.0.0.1", int(self.url.rpartition(":")[2])), timeout)
+
     def request(self, path, body=None, timeout=10):
         """Return the status and the JSON of an answer."""
         try:
@@ -1067,16 +1070,20 @@ def test_half_a_database_with_a_log_beside_it_is_one_line_and_left_as_it_was(fil
     assert file.read_bytes() == before
 
 
+def answer_to_a_body_that_ends_after_sigterm(process, meanwhile=lambda: None):
+    with process.connect() as connection:
+        connection.sendall(http(BODY, LENGTH)[:-20])
+        time.sleep(0.3)
+        meanwhile()
+        process.popen.send_signal(signal.SIGTERM)
+        time.sleep(0.5)
+        connection.sendall(http(BODY, LENGTH)[-20:])
+        return connection.recv(65536)
+
+
 def test_a_body_that_is_still_coming_at_sigterm_is_taken(file):
     with Process(file) as process:
-        port = int(process.url.rpartition(":")[2])
-        with socket.create_connection(("127.0.0.1", port), 10) as connection:
-            connection.sendall(http(BODY, LENGTH)[:-20])
-            time.sleep(0.3)
-            process.popen.send_signal(signal.SIGTERM)
-            time.sleep(0.5)
-            connection.sendall(http(BODY, LENGTH)[-20:])
-            assert b" 202 Accepted" in connection.recv(65536)
+        assert b" 202 Accepted" in answer_to_a_body_that_ends_after_sigterm(process)
         assert process.popen.wait(timeout=10) == 0
 
 
@@ -1102,21 +1109,14 @@ def test_a_sigterm_that_comes_before_the_greeting_is_out_ends_it_all_the_same(fi
 
 def test_a_message_that_meets_a_lock_after_sigterm_is_answered_all_the_same(file):
     with Process(file) as process, closing(sqlite3.connect(file, isolation_level=None)) as other:
-        port = int(process.url.rpartition(":")[2])
-        with socket.create_connection(("127.0.0.1", port), 10) as connection:
-            connection.sendall(http(BODY, LENGTH)[:-20])
-            time.sleep(0.3)
-            other.execute("BEGIN IMMEDIATE")
-            process.popen.send_signal(signal.SIGTERM)
-            time.sleep(0.5)
-            connection.sendall(http(BODY, LENGTH)[-20:])
-            assert b" 503 " in connection.recv(65536)
+        answered = answer_to_a_body_that_ends_after_sigterm(process, lambda: other.execute("BEGIN IMMEDIATE"))
+        assert b" 503 " in answered
         assert process.popen.wait(timeout=5) == 0
 
 
 def test_a_second_sigterm_changes_nothing(file):
     with Process(file) as process:
-        with socket.create_connection(("127.0.0.1", int(process.url.rpartition(":")[2])), 10) as connection:
+        with process.connect() as connection:
             process.popen.terminate()
             assert connection.recv(1) == b""  # it is about to exit
         process.popen.terminate()
@@ -1233,7 +1233,7 @@ def test_a_client_that_hangs_up_while_its_message_waits_harms_nobody(file):
     with Process(file) as process, closing(sqlite3.connect(file, isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
         for _ in range(3):
-            with socket.create_connection(("127.0.0.1", int(process.url.rpartition(":")[2]))) as connection:
+            with process.connect() as connection:
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # reset, no goodbye
                 connection.sendall(http(BODY, LENGTH))
                 time.sleep(0.2)
@@ -1283,7 +1283,7 @@ def test_a_lock_that_comes_again_is_waited_for_again_and_health_tells_of_failure
     with Process(file) as process, closing(sqlite3.connect(file, isolation_level=None)) as other:
         for pause in (3, 2):  # together more than the patience with one lock
             other.execute("BEGIN IMMEDIATE")
-            with socket.create_connection(("127.0.0.1", int(process.url.rpartition(":")[2]))) as connection:
+            with process.connect() as connection:
                 connection.sendall(http(BODY, LENGTH))
                 time.sleep(pause)
                 assert process.request("/health")[0] == 200
@@ -1425,7 +1425,7 @@ def test_every_message_outlives_kill_after_kill(file):
 
 def exchange(process, data, wait=5):
     """Send bytes over a new connection; return all that comes until the service closes it or says no more."""
-    with socket.create_connection(("127.0.0.1", int(process.url.rpartition(":")[2])), wait) as connection:
+    with process.connect(wait) as connection:
         connection.sendall(data)
         received = b""
         try:
@@ -1525,7 +1525,7 @@ def test_pipelined_requests_of_a_slow_reader_are_all_answered(file):
     with Process(file) as process:
         for number in range(1, 101):
             process.request("/messages", launch(number, pad="x" * 60_000))
-        with socket.create_connection(("127.0.0.1", int(process.url.rpartition(":")[2])), 10) as connection:
+        with process.connect() as connection:
             connection.sendall((ask + b"\r\n") * 4 + ask + b"Connection: close\r\n\r\n")
             time.sleep(0.5)  # 6 MB are more than the system takes without a reader
             received = b"".join(iter(lambda: connection.recv(1 << 20), b""))
@@ -1553,7 +1553,7 @@ def test_more_connections_than_the_system_allows_wait_and_cost_nothing(file):
             return sum(map(int, Path(f"/proc/{process.popen.pid}/stat").read_text().split()[13:15]))
 
         for _ in range(100):
-            crowd.enter_context(socket.create_connection(("127.0.0.1", int(process.url.rpartition(":")[2]))))
+            crowd.enter_context(process.connect())
         time.sleep(0.5)
         before = ticks()
         time.sleep(1)
@@ -1568,7 +1568,7 @@ def test_a_client_that_never_reads_is_dropped_in_the_end(file):
             process.request("/messages", launch(number, pad="x" * 20_000))
         time.sleep(0.3)  # until the last connection is closed
         before = len(os.listdir(f"/proc/{process.popen.pid}/fd"))
-        with socket.create_connection(("127.0.0.1", int(process.url.rpartition(":")[2]))) as deaf:
+        with process.connect() as deaf:
             deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             deaf.sendall(f"GET /rockets/{CHANNEL}/messages HTTP/1.1\r\nHost: localhost\r\n\r\n".encode() * 3)
             while len(os.listdir(f"/proc/{process.popen.pid}/fd")) == before:
@@ -1593,7 +1593,7 @@ def test_a_crowd_of_idle_slow_and_deaf_connections_keeps_nobody_out(file):
     with Process(file) as process, ExitStack() as crowd:
 
         def connect():
-            connection = socket.create_connection(("127.0.0.1", int(process.url.rpartition(":")[2])))
+            connection = process.connect()
             return crowd.enter_context(connection)
 
         def files():

@@ -80,7 +80,7 @@ def serve_nothing(way: str) -> None:
     greeting = f"http://127.0.0.1:{sockets[0].getsockname()[1]}"
     if way == "waitress":
         print(greeting, flush=True)
-        waitress.serve(app, sockets=sockets, _quiet=True, connection_limit=1000)
+        waitress.serve(app, sockets=sockets, _quiet=True, connection_limit=rockets.MAX_CONNECTIONS)
     else:
         rockets.serve(app, SimpleNamespace(transaction=nullcontext), sockets, greeting)
 
