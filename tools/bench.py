@@ -1,63 +1,72 @@
 """Bench measures what the service costs, and prints it as a Markdown table.
 
-    python tools/bench.py                    everything; about four minutes
-    python tools/bench.py --only post lists  some of it
+    python tools/bench.py                  beside waitress as it comes, and by itself
+    python tools/bench.py --against DIR    beside another checkout of this project
+    python tools/bench.py --peers PYTHON   beside FastAPI and Flask, as that Python runs them
+    python tools/bench.py --only post run  some rows of a table
 
-What is compared is run in turn, A B A B, and given as the median of the pairs' ratios, as times on a shared machine
-move. There are two ceilings, whose handlers do next to nothing: waitress as it comes, with the service's limit of
-connections, and the service's own loop. Each request is a new connection. All files are in a folder of their own,
-removed in the end.
+What is compared runs in turn, A B A B, and a ratio is the median of the pairs' ratios, as times on
+a shared machine move. "waitress as it comes" is waitress.serve() around handlers that do nothing.
+Each request is a new connection, except where a row says otherwise. All files are in a folder of
+their own, removed in the end. Needs Linux.
 """
 
 import argparse
 import http.client
 import json
 import logging
+import multiprocessing
 import os
 import platform
 import re
+import socket
 import sqlite3
-import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from datetime import date
-from itertools import islice
+from functools import partial
+from itertools import count, islice, repeat
 from pathlib import Path
-from types import SimpleNamespace
+from statistics import median
 
 import launch
 
-SERVICE = Path(__file__).resolve().parent.parent / "rockets.py"
-sys.path.insert(0, str(SERVICE.parent))
-
-SEED = 444
-PAIRS = 7  # of runs to compare
-POSTS = 4000  # in each of them, some seconds' worth
-GETS = 3000  # in each of them
-READS = 200  # of a list; the 99th percentile is the second worst
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+SEED = 444  # of the messages that are posted
+FLEET_SEED = 445  # of other rockets, which are there before
+POSTS = 4000  # in one run, some seconds' worth
+GETS = 3000  # of one rocket, or answered with 304, in one run
+FEW, MANY = 20, 10_000  # rockets
+LISTS = {FEW: 1000, 1000: 200, MANY: 40}  # rockets, and GETs of all of them in one run
+READS = 200  # of a list whose 99th percentile is told
+BESIDE = 1000  # messages while a list is read
 APPLIED = 2000  # messages to find the cost of one
 SMALL, LARGE = 10_000, 1_000_000  # messages stored
 FILLING = 5000  # messages in a transaction while a database is filled
-FLIGHT = 100_000  # messages, as the test program sends
+DISORDER = ("--reorder=300", "--duplicates=0.1")
+DEFAULT_RUN = "the test program's default run, up to 300 places late, a tenth of it twice"
 STARTS = 5
 SYNCING = 3  # seconds
-PATIENCE = 30  # seconds for a server to start or stop
+GRACE = 30  # seconds for a server to answer, or to stop
+TICK = os.sysconf("SC_CLK_TCK")  # a second, in the unit of /proc/PID/stat
+LIST = "/rockets?sort=speed&order=desc"
 
-Row = tuple[str, str, str]  # what is measured, the figure, what it should reach
+ROWS = ("post", "cpu", "rocket", "lists", "unchanged", "latency", "growth", "run")
+Row = tuple[str, str]  # what is measured, and the figure
 
-# Servers ##############################################################################################################
+# Servers to compare with ##########################################################################
 
 
-def serve_nothing(way: str) -> None:
-    """Serve handlers that do nothing, with waitress as it comes or in the service's own loop."""
+def serve_nothing(_database: str) -> None:
+    """Serve handlers that do nothing with waitress as it comes."""
     import bottle
     import waitress
-
-    import rockets
 
     app = bottle.Bottle()
 
@@ -67,110 +76,231 @@ def serve_nothing(way: str) -> None:
         bottle.response.status = 202
         return "{}"
 
-    @app.get("/health")
-    def get_health() -> str:
-        return "{}"
+    @app.get("/rockets")
+    def get_nothing_new() -> None:
+        bottle.response.status = 304
 
-    @app.get("/constant/<size>")
-    def get_constant(size: str) -> str:
-        return "x" * int(size)
+    @app.get("/rockets/<channel>")
+    def get_rocket(channel: str) -> str:
+        return channel.ljust(330)  # bytes, as a rocket has
 
-    logging.getLogger("waitress").setLevel("ERROR")
-    sockets = rockets.listen("127.0.0.1", 0)
-    greeting = f"http://127.0.0.1:{sockets[0].getsockname()[1]}"
-    if way == "waitress":
-        print(greeting, flush=True)
-        waitress.serve(app, sockets=sockets, _quiet=True, connection_limit=rockets.MAX_CONNECTIONS)
-    else:
-        rockets.serve(app, SimpleNamespace(transaction=nullcontext), sockets, greeting)
+    logging.getLogger("waitress").setLevel("ERROR")  # not a line for each request that waits
+    waitress.serve(app, sockets=[listen()], _quiet=True, connection_limit=1000)  # as ours
 
 
-def service(database: Path, port: int = 0) -> AbstractContextManager:
-    return running(str(SERVICE), "--host=127.0.0.1", f"--port={port}", f"--database={database}")
+def listen() -> socket.socket:
+    """Return a socket that listens on a free port, after saying where."""
+    listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
+    print(f"http://127.0.0.1:{listener.getsockname()[1]}", flush=True)
+    return listener
 
 
-def nothing(way: str) -> AbstractContextManager:
-    return running(__file__, "serve", way)
+# The least that keeps messages as safe as the service does: a transaction for each.
+PEER_SCHEMA = """
+PRAGMA journal_mode = WAL;
+PRAGMA synchronous = FULL;
+CREATE TABLE messages (channel, number, message, PRIMARY KEY (channel, number)) WITHOUT ROWID;
+CREATE TABLE rockets (channel PRIMARY KEY, number, speed, mission, mission_number) WITHOUT ROWID;
+"""
+PEER_INSERT = "INSERT OR IGNORE INTO messages VALUES (:channel, :number, :message)"
+PEER_UPSERT = """
+INSERT INTO rockets VALUES (:channel, :number, :change, :mission, :mission_number)
+ON CONFLICT (channel) DO UPDATE SET
+    number = max(number, excluded.number),
+    speed = speed + excluded.speed,
+    mission = iif(excluded.mission_number > mission_number, excluded.mission, mission),
+    mission_number = max(mission_number, excluded.mission_number)
+"""
 
 
-@contextmanager
-def running(*arguments: str) -> Iterator[tuple[str, int, float]]:
-    """Run a server in the background. Yield its URL, its process id, and the seconds until /health answered."""
-    began = time.perf_counter()
-    command = [sys.executable, *arguments]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    try:
-        listens = re.search(r"http://[0-9.:]+", process.stdout.readline())
+def open_peer(database: str) -> sqlite3.Connection:
+    connection = sqlite3.connect(database, isolation_level=None, check_same_thread=False)
+    connection.executescript(PEER_SCHEMA)
+    return connection
+
+
+def store(connection: sqlite3.Connection, message: dict) -> dict:
+    metadata, content = message["metadata"], message["message"]
+    row = {"channel": metadata["channel"], "number": metadata["messageNumber"]}
+    row["message"] = json.dumps(content)
+    row["change"] = content.get("launchSpeed", content.get("by", 0))
+    if metadata["messageType"] == "RocketSpeedDecreased":
+        row["change"] *= -1
+    row["mission"] = content.get("mission", content.get("newMission"))
+    row["mission_number"] = row["number"] if row["mission"] else 0
+    connection.execute("BEGIN IMMEDIATE")
+    is_new = connection.execute(PEER_INSERT, row).rowcount
+    if is_new:
+        connection.execute(PEER_UPSERT, row)
+    connection.execute("COMMIT")
+    return {"status": "applied" if is_new else "duplicate"}
+
+
+def serve_fastapi(database: str) -> None:
+    import fastapi
+    import uvicorn
+
+    app, connection = fastapi.FastAPI(), open_peer(database)
+
+    @app.post("/messages", status_code=202)
+    async def post_message(request: fastapi.Request) -> dict:  # one thread, so no lock
+        return store(connection, await request.json())
+
+    config = uvicorn.Config(app, log_level="error", access_log=False)
+    uvicorn.Server(config).run(sockets=[listen()])
+
+
+def flask_app(database: str) -> Callable:
+    import flask
+
+    app, connection, lock = flask.Flask("peer"), open_peer(database), threading.Lock()
+
+    @app.post("/messages")
+    def post_message() -> tuple[dict, int]:
+        with lock:
+            return store(connection, flask.request.json), 202
+
+    return app
+
+
+def serve_flask(database: str) -> None:
+    listener = listen()
+    listener.set_inheritable(True)
+    options = [f"--bind=fd://{listener.fileno()}", "--threads=8", "--log-level=error"]
+    options += [f"--chdir={Path(__file__).parent}", f"bench:flask_app({database!r})"]
+    os.execv(sys.executable, [sys.executable, "-m", "gunicorn", *options])
+
+
+# Load #############################################################################################
+
+
+class Server:
+    """A server in a process of its own, within the with block; and what is measured of it."""
+
+    def __init__(self, *command: str | Path):
+        self.command = [str(part) for part in command]
+        self.messages = launch.fly(SEED)
+
+    def __enter__(self) -> "Server":
+        self.process = subprocess.Popen(self.command, stdout=subprocess.PIPE, text=True)
+        listens = re.search(r"http://([0-9.]+):([0-9]+)", self.process.stdout.readline())
         if not listens:
-            sys.exit(f"bench: {' '.join(command)} does not start")
-        get(listens[0], "/health")
-        yield listens[0], process.pid, time.perf_counter() - began
-    finally:
-        process.terminate()
-        process.wait(PATIENCE)
-        process.stdout.close()
+            sys.exit(f"bench: {' '.join(self.command)} does not start")
+        self.url, self.address = listens[0], (listens[1], int(listens[2]))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.terminate()
+        self.process.wait(GRACE)
+        self.process.stdout.close()
+
+    def send(self, requests: list[bytes], concurrency: int) -> tuple[float, list[float]]:
+        """Return how many a second were answered, and the ms of each answer, shortest first."""
+        sender = launch.Sender(self.url, concurrency, notice=sys.exit)  # a failure is no figure
+        seconds = sender.run(requests)
+        return len(requests) / seconds, sorted(1000 * latency for latency in sender.latencies)
+
+    def posts(self, messages: Iterable[dict], count: int) -> list[bytes]:
+        """Return messages as requests, made beforehand so that only their sending takes time."""
+        url, some = f"{self.url}/messages", islice(messages, count)
+        return [launch.http_request("POST", url, json.dumps(message).encode()) for message in some]
+
+    def gets(self, path: str, count: int) -> list[bytes]:
+        return [launch.http_request("GET", self.url + path)] * count
+
+    def launch_rockets(self, fleet: int) -> None:
+        messages = launch.fly(FLEET_SEED, fleet)
+        launches = (sent for sent in messages if sent["metadata"]["messageNumber"] == 1)
+        self.send(self.posts(launches, fleet), concurrency=20)
+
+    def post_rate(self, concurrency: int) -> float:
+        return self.send(self.posts(self.messages, POSTS), concurrency)[0]
+
+    def get_rate(self, path: str, count: int, concurrency: int) -> float:
+        return self.send(self.gets(path, count), concurrency)[0]
+
+    def post_cost(self) -> float:
+        """Return the microseconds of CPU time that a message takes, one at a time."""
+        requests = self.posts(self.messages, POSTS)
+        before = self.cpu_time()
+        self.send(requests, concurrency=1)
+        return 1e6 * (self.cpu_time() - before) / POSTS
+
+    def cpu_time(self) -> float:
+        """Return the seconds of CPU time that the process has used."""
+        numbers = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return sum(map(int, numbers[11:13])) / TICK  # utime and stime, see proc(5)
+
+    def peak_memory(self) -> float:
+        """Return the MiB that the process has held at most."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(status.partition("VmHWM:")[2].split()[0]) / 1024
+
+    def unchanged_rate(self) -> float:
+        """Return how often a second one client is told that the list has not changed."""
+        connection = http.client.HTTPConnection(*self.address, timeout=GRACE)
+        connection.request("GET", LIST)
+        tag = connection.getresponse().headers.get("ETag", "*")
+        connection.close()
+        host = ":".join(map(str, self.address))
+        request = f"GET {LIST} HTTP/1.1\r\nHost: {host}\r\nIf-None-Match: {tag}\r\n\r\n".encode()
+        client = None
+        began = time.perf_counter()
+        for _ in range(GETS):
+            client = client or socket.create_connection(self.address, GRACE)
+            client.sendall(request)
+            answer = client.recv(65536)
+            if not answer.startswith(b"HTTP/1.1 304"):
+                sys.exit(f"bench: {self.url}{LIST} was answered {answer[:100]!r}, not 304")
+            if b"\r\nConnection: close" in answer:
+                client.close()
+                client = None
+        return GETS / (time.perf_counter() - began)
 
 
-def get(url: str, path: str) -> bytes:
-    connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=PATIENCE)
-    connection.request("GET", path)
-    answer = connection.getresponse()
-    body = answer.read()
-    connection.close()
-    if answer.status != 200:
-        raise OSError(f"GET {path} was answered {answer.status}")
-    return body
+def service(checkout: Path, database: Path) -> Server:
+    program = checkout / "rockets.py"
+    return Server(sys.executable, program, "--host=127.0.0.1", "--port=0", "--database", database)
 
 
-# Measuring ############################################################################################################
+def opponent(python: str, name: str, database: Path) -> Server:
+    return Server(python, __file__, "serve", name, database)
 
 
-def posts(url: str, messages: Iterator[dict], count: int) -> list[bytes]:
-    """Return the next messages as requests, made beforehand so that only their sending takes time."""
-    return [
-        launch.http_request("POST", f"{url}/messages", json.dumps(message).encode())
-        for message in islice(messages, count)
-    ]
+def read_lists(url: str) -> None:
+    """Read the list without pause and without end."""
+    launch.Sender(url, concurrency=1).run(repeat(launch.http_request("GET", url + LIST)))
 
 
-def rate(url: str, requests: list[bytes], concurrency: int) -> float:
-    """Send requests and return how many a second were answered."""
-    return len(requests) / launch.Sender(url, concurrency).run(requests)
+def default_run(server: Server) -> str:
+    """Send what the test program sends by default, and return what is wrong then, and the rate."""
+    command = [sys.executable, launch.__file__, f"{server.url}/messages", *DISORDER]
+    said = subprocess.run(command, stdout=subprocess.PIPE, text=True).stdout
+    rate = re.search(r"(?m)^rate +(.*)$", said)
+    return f"{said.splitlines()[-1]}; {rate[1]}"
 
 
-def latencies(url: str, path: str) -> list[float]:
-    """Return the milliseconds of each of many GETs, one after the other, shortest first."""
-    sender = launch.Sender(url, concurrency=1)
-    sender.run([launch.http_request("GET", url + path)] * READS)
-    return sorted(1000 * seconds for seconds in sender.latencies)
+def percentiles(latencies: list[float]) -> str:
+    p99 = latencies[len(latencies) * 99 // 100]
+    return f"p50 {median(latencies):.2f} ms, p99 {p99:.2f} ms"
 
 
-def compared(pairs: list[tuple[float, float]]) -> str:
-    """Describe the rates of service and ceiling."""
-    ratios = sorted(service / ceiling for service, ceiling in pairs)
-    service, ceiling = (statistics.median(side) for side in zip(*pairs, strict=True))
-    spread = f"{ratios[0]:.2f} to {ratios[-1]:.2f} in {len(pairs)} pairs"
-    return f"{statistics.median(ratios):.2f} of the ceiling ({spread}): {service:,.0f} of {ceiling:,.0f} a second"
-
-
-def fill(store, messages: Iterator[dict], count: int) -> set[str]:
-    """Store messages without HTTP, many in a transaction, and return their channels."""
+def filled(database: Path, size: int) -> tuple:
+    """Return a store with so many messages, and those that come next, as the store takes them."""
     import rockets
 
-    channels = set()
-    for done in range(0, count, FILLING):
-        batch = islice(messages, min(FILLING, count - done))
+    store = rockets.Store(str(database))
+    bodies = (json.dumps(message).encode() for message in launch.fly(SEED))
+    messages = map(rockets.parse_message, bodies)
+    for _ in range(size // FILLING):
         with store.transaction():
-            for message in batch:
-                parsed = rockets.parse_message(json.dumps(message).encode())
-                channels.add(parsed["channel"])
-                if store.apply(parsed) != "applied":
-                    sys.exit("bench: a message was not applied while a database was filled")
-    return channels
+            for message in islice(messages, FILLING):
+                store.apply(message)
+    return store, messages
 
 
-def sync_times(folder: Path) -> list[float]:
-    """Return the seconds of each of many disk syncs after 4 KiB more of a file, shortest first."""
+def headline(folder: Path) -> str:
+    """Return what the figures depend on, with the time of a disk sync, and the table's head."""
     times = []
     with open(folder / "sync", "wb", buffering=0) as file:
         while sum(times) < SYNCING:
@@ -178,161 +308,170 @@ def sync_times(folder: Path) -> list[float]:
             file.write(bytes(4096))
             os.fdatasync(file.fileno())
             times.append(time.perf_counter() - began)
-    return sorted(times)
+    return (
+        f"Measured on {date.today()}: {os.cpu_count()} cores, Python {platform.python_version()}, "
+        f"SQLite {sqlite3.sqlite_version}; to append 4 KiB to a file and sync it takes "
+        f"{1000 * median(times):.2f} ms.\n\n| measured | figure |\n|---|---|"
+    )
 
 
-# Rows #################################################################################################################
+# Rows #############################################################################################
 
 
-def measure_post(folder: Path) -> Iterator[Row]:
-    messages = launch.fly(SEED)
-    with service(folder / "post.db") as (ours, *_), nothing("waitress") as (stock, *_), nothing("loop") as (loop, *_):
-        for concurrency, goal in ((3, 0.70), (20, 0.65)):
-            rounds = []
-            for _ in range(PAIRS + 1):
-                requests = posts(ours, messages, POSTS)
-                rounds.append([rate(url, requests, concurrency) for url in (ours, stock, loop)])
-            for place, ceiling, reach in (
-                (1, "waitress as it comes", f"at least {goal:.2f}, better 0.80"),
-                (2, "the service's own loop", ""),
-            ):
-                pairs = [(figures[0], figures[place]) for figures in rounds[1:]]
-                yield f"durable POST, {concurrency} at a time, against {ceiling}", compared(pairs), reach
+class Bench:
+    """The rows of the tables, each measured on new databases."""
 
+    def __init__(self, folder: Path, pairs: int, opponents: dict[str, Callable[[Path], Server]]):
+        self.pairs = pairs
+        self.opponents = opponents
+        self.databases = (folder / f"{number}.db" for number in count())
 
-def measure_growth(folder: Path) -> Iterator[Row]:
-    import rockets
+    def service(self) -> Server:
+        return service(ROOT, next(self.databases))
 
-    stores = []
-    for size in (SMALL, LARGE):
-        messages = launch.fly(SEED)
-        store = rockets.Store(str(folder / f"{size}.db"))
-        fill(store, messages, size)
-        stores.append((store, messages, []))
-    for _ in range(APPLIED):
-        for store, messages, times in stores:
-            row = rockets.parse_message(json.dumps(next(messages)).encode())
+    @contextmanager
+    def side_by_side(self, rockets: int = 0) -> Iterator[list[Server]]:
+        """Run the service and its opponents, each with so many rockets."""
+        with ExitStack() as stack:
+            starts = [start(next(self.databases)) for start in self.opponents.values()]
+            servers = [stack.enter_context(server) for server in (self.service(), *starts)]
+            for server in servers:
+                server.launch_rockets(rockets)
+            yield servers
+
+    def compare(
+        self, what: str, unit: str, servers: list[Server], measure: Callable, *arguments: object
+    ) -> Iterator[Row]:
+        """Measure the servers in turn; the first round warms up and doesn't count."""
+        rounds = [[measure(one, *arguments) for one in servers] for _ in range(self.pairs + 1)]
+        ours, *others = zip(*rounds[1:], strict=True)
+        for name, theirs in zip(self.opponents, others, strict=True):
+            ratios = sorted(our / their for our, their in zip(ours, theirs, strict=True))
+            times = f"{median(ratios):.2f} times ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+            figures = f"{median(ours):,.0f} against {median(theirs):,.0f} {unit}"
+            yield f"{what}, against {name}", f"{times}: {figures}"
+
+    def post(self) -> Iterator[Row]:
+        with self.side_by_side() as servers:
+            for concurrency in (1, 3, 20):
+                what = f"durable POST, {concurrency} at a time"
+                yield from self.compare(what, "a second", servers, Server.post_rate, concurrency)
+
+    def cpu(self) -> Iterator[Row]:
+        with self.side_by_side() as servers:
+            what = "CPU time of a message, 1 at a time"
+            yield from self.compare(what, "µs", servers, Server.post_cost)
+
+    def rocket(self) -> Iterator[Row]:
+        channel = next(launch.fly(FLEET_SEED))["metadata"]["channel"]
+        with self.side_by_side(FEW) as servers:
+            request = (f"/rockets/{channel}", GETS, 3)
+            what = "`GET /rockets/<channel>`, 3 at a time"
+            yield from self.compare(what, "a second", servers, Server.get_rate, *request)
+
+    def lists(self) -> Iterator[Row]:
+        for rockets, gets in LISTS.items():
+            with self.side_by_side(rockets) as servers:
+                what, request = f"list of {rockets:,} rockets", (LIST, gets, 1)
+                yield from self.compare(what, "a second", servers, Server.get_rate, *request)
+
+    def unchanged(self) -> Iterator[Row]:
+        for rockets in (FEW, MANY):
+            with self.side_by_side(rockets) as servers:
+                what = f"fitting `If-None-Match`, {rockets:,} rockets, connection kept if it can be"
+                yield from self.compare(what, "a second", servers, Server.unchanged_rate)
+
+    def latency(self) -> Iterator[Row]:
+        for rockets in LISTS:
+            with self.service() as server:
+                server.launch_rockets(rockets)
+                latencies = server.send(server.gets(LIST, READS), concurrency=1)[1]
+                yield f"`GET {LIST}`, {rockets:,} rockets", percentiles(latencies)
+        with self.service() as server:
+            server.launch_rockets(MANY)
+            posts = [server.posts(server.messages, BESIDE) for _ in range(2)]
+            alone = server.send(posts[0], concurrency=1)[1]
+            reader = multiprocessing.Process(target=read_lists, args=(server.url,), daemon=True)
+            reader.start()
+            beside = server.send(posts[1], concurrency=1)[1]
+            reader.kill()
+            reader.join()
+        what = f"durable POST, 1 at a time, while one client reads {MANY:,} rockets without pause"
+        yield what, f"{percentiles(beside)}; without it {percentiles(alone)}"
+
+    def growth(self) -> Iterator[Row]:
+        databases = list(islice(self.databases, 2))
+        stores = list(map(filled, databases, (SMALL, LARGE)))
+        costs: list[list[float]] = [[], []]
+        for _ in range(APPLIED):
+            for (store, messages), times in zip(stores, costs, strict=True):
+                message = next(messages)
+                began = time.perf_counter()
+                with store.transaction():
+                    store.apply(message)
+                times.append(1000 * (time.perf_counter() - began))
+        for store, _ in stores:
+            store.close()
+        small, large = map(median, costs)
+        what = f"cost of a message with {LARGE:,} stored, against {SMALL:,}"
+        yield what, f"{large / small:.2f} times: {large:.2f} against {small:.2f} ms"
+        size = databases[1].stat().st_size / (LARGE + APPLIED)
+        yield f"size on disk, {LARGE:,} stored", f"{size:.0f} bytes a message"
+        starts = []
+        for _ in range(STARTS):
             began = time.perf_counter()
-            store.apply(row)
-            times.append(time.perf_counter() - began)
-    for store, _, _ in stores:
-        store.close()
-    (small, large), (small_mean, large_mean) = (
-        [1000 * average(times) for _, _, times in stores] for average in (statistics.median, statistics.mean)
-    )
-    yield (
-        f"cost of a message with {LARGE:,} stored, against {SMALL:,}",
-        f"{large / small:.2f} times: {large:.2f} ms against {small:.2f} ms"
-        f" ({large_mean / small_mean:.2f} times on average, with SQLite's tidying up)",
-        "at most 1.25 times",
-    )
-    size = (folder / f"{LARGE}.db").stat().st_size / (LARGE + APPLIED)
-    yield f"size on disk, {LARGE:,} stored", f"{size:.0f} bytes a message", "at most 200"
-    starts = []
-    for _ in range(STARTS):
-        with service(folder / f"{LARGE}.db") as (_, _, seconds):
-            starts.append(seconds)
-    yield f"start, {LARGE:,} stored, until `/health` answers", f"{statistics.median(starts):.2f} s", "under 1 s"
+            with service(ROOT, databases[1]) as server:
+                server.send(server.gets("/health", 1), concurrency=1)
+                starts.append(time.perf_counter() - began)
+        what = f"start, {LARGE:,} stored, until `/health` answers"
+        yield what, f"{median(starts):.2f} s"
 
-
-def measure_memory(folder: Path) -> Iterator[Row]:
-    with service(folder / "memory.db") as (url, process, _):
-        messages = launch.fly(SEED)
-        sender = launch.Sender(url, concurrency=20)
-        bodies = (json.dumps(message).encode() for message in islice(messages, FLIGHT))
-        sender.run(launch.http_request("POST", f"{url}/messages", body) for body in bodies)
-        status = Path(f"/proc/{process}/status").read_text()
-    peak = int(status.partition("VmHWM:")[2].split()[0]) / 1024
-    yield f"peak memory over {FLIGHT:,} messages, 20 at a time", f"{peak:.0f} MiB", "at most 64 MiB"
-
-
-def measure_lists(folder: Path) -> Iterator[Row]:
-    import rockets
-
-    path = "/rockets?sort=speed&order=desc"
-    for fleet in (20, 1000, 10_000):
-        database = folder / f"fleet-{fleet}.db"
-        store = rockets.Store(str(database))
-        for size, messages in ((20, launch.fly(SEED)), (fleet - 20, launch.fly(fleet, fleet - 20))):
-            seen = set()
-            while len(seen) < size:
-                seen |= fill(store, messages, 1000)
-        store.close()
-        with service(database) as (url, *_):
-            alone = latencies(url, path)
-            sending = [sys.executable, launch.__file__, f"{url}/messages", f"--seed={SEED}", "--no-verify"]
-            sender = subprocess.Popen(sending, stdout=subprocess.DEVNULL)
-            try:
-                time.sleep(2)  # what was stored above comes again first
-                busy = latencies(url, path)
-            finally:
-                sender.kill()
-                sender.wait()
-        (p50, p99), (busy_p50, busy_p99) = ((times[READS // 2], times[READS * 99 // 100]) for times in (alone, busy))
-        yield (
-            f"`GET {path}`, {fleet:,} rockets",
-            f"p50 {p50:.1f} ms, p99 {p99:.1f} ms; while posts run {busy_p50:.1f} and {busy_p99:.1f} ms"
-            f" ({busy_p99 / p50:.1f} times the p50 alone)",
-            f"{'p50 at most 100 ms; ' if fleet == 10_000 else ''}at most 3.0 times",
-        )
-
-
-def measure_rocket(folder: Path) -> Iterator[Row]:
-    import rockets
-
-    store = rockets.Store(str(folder / "rocket.db"))
-    channel = fill(store, launch.fly(SEED), SMALL).pop()
-    store.close()
-    with service(folder / "rocket.db") as (ours, *_), nothing("waitress") as (stock, *_), nothing("loop") as (loop, *_):
-        path = f"/rockets/{channel}"
-        size = len(get(ours, path))
-        targets = (f"{ours}{path}", f"{stock}/constant/{size}", f"{loop}/constant/{size}")
-        requests = [[launch.http_request("GET", target)] * GETS for target in targets]
-        rounds = [
-            [rate(url, wanted, 3) for url, wanted in zip((ours, stock, loop), requests, strict=True)]
-            for _ in range(PAIRS + 1)
-        ]
-    for place, ceiling, reach in ((1, "waitress as it comes", "at least 0.80"), (2, "the service's own loop", "")):
-        pairs = [(figures[0], figures[place]) for figures in rounds[1:]]
-        yield f"`GET /rockets/<channel>`, 3 at a time, against {ceiling}", compared(pairs), reach
-
-
-ROWS = {
-    "post": measure_post,
-    "growth": measure_growth,
-    "memory": measure_memory,
-    "lists": measure_lists,
-    "rocket": measure_rocket,
-}
+    def run(self) -> Iterator[Row]:
+        with self.service() as server:
+            yield DEFAULT_RUN, default_run(server)
+            yield "peak memory over it", f"{server.peak_memory():.0f} MiB"
 
 
 def main() -> None:
     """Read the command line, measure, and print the table."""
     parser = argparse.ArgumentParser(
-        description=__doc__.partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description=__doc__.partition("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     option = parser.add_argument
-    option("--only", metavar="ROW", nargs="+", choices=ROWS, default=list(ROWS), help=f"some of {', '.join(ROWS)}")
-    option("--folder", type=Path, default=Path(), help="where to put the databases; its disk is what counts")
+    beside = parser.add_mutually_exclusive_group().add_argument
+    beside("--against", metavar="DIR", type=Path, help="compare with the service of that folder")
+    beside("--peers", metavar="PYTHON", help="compare with FastAPI and Flask, run by that Python")
+    option("--pairs", metavar="N", type=int, default=7, help="runs of each that is compared")
+    text = f"some rows of the table: {', '.join(ROWS)}"
+    option("--only", metavar="ROW", nargs="+", choices=ROWS, default=ROWS, help=text)
+    option("--folder", type=Path, default=Path(), help="for the databases; its disk is what counts")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="bench-", dir=args.folder) as name:
-        folder = Path(name)
-        syncs = sync_times(folder)
-        print(
-            f"Measured on {date.today()}: {os.cpu_count()} cores, Python {platform.python_version()}, "
-            f"SQLite {sqlite3.sqlite_version}, a disk sync takes {1000 * statistics.median(syncs):.2f} ms.\n\n"
-            "| measured | figure | to reach |\n|---|---|---|\n"
-            f"| the disk's own limit: append 4 KiB, `fdatasync` | {len(syncs) / sum(syncs):,.0f} a second | |",
-            flush=True,
-        )
-        for name in args.only:
-            for row in ROWS[name](folder):
-                print(f"| {' | '.join(row)} |", flush=True)
+    if args.against:
+        opponents = {args.against.resolve().name: partial(service, args.against.resolve())}
+        rows = ("post", "cpu", "rocket", "lists")
+    elif args.peers:
+        opponents = {
+            "FastAPI and uvicorn": partial(opponent, args.peers, "fastapi"),
+            "Flask and gunicorn, 8 threads": partial(opponent, args.peers, "flask"),
+        }
+        rows = ("post",)
+    else:
+        opponents = {"waitress as it comes": partial(opponent, sys.executable, "nothing")}
+        rows = ("post", "rocket", "unchanged", "latency", "growth", "run")
+    with tempfile.TemporaryDirectory(prefix="bench-", dir=args.folder.resolve()) as name:
+        bench = Bench(Path(name), args.pairs, opponents)
+        print(headline(Path(name)), flush=True)
+        for row in [row for row in rows if row in args.only]:
+            for what, figure in getattr(bench, row)():
+                print(f"| {what} | {figure} |", flush=True)
 
+
+SERVERS = {"nothing": serve_nothing, "fastapi": serve_fastapi, "flask": serve_flask}
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["serve"]:
-        serve_nothing(sys.argv[2])
+        SERVERS[sys.argv[2]](sys.argv[3])
     else:
         try:
             main()
