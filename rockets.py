@@ -1,169 +1,202 @@
 """Rockets takes in what rockets in flight report and serves their current state as JSON.
 
-Messages arrive out of order and more than once. A 202 means that this message (or the first one with its number) is on
-disk, counts exactly once and is in every later answer; neither a crash nor a power cut takes it back.
+Messages arrive out of order and more than once. A 202 means that this message (or the first one
+with its number) is on disk, counts exactly once and is in every later answer; neither a crash nor
+a power cut takes it back.
 
-The idea: the state of a rocket is a function of the set of its messages, not of their order. So each message counts as
-soon as it arrives, by one upsert in which speed changes add up while message numbers decide which launch, mission and
-explosion stand. A log of all messages, written in the same transaction, keeps a redelivery from counting again.
-
-    python rockets.py         serves http://localhost:8088 from ./rockets.db; --help lists the options
+The idea: the state of a rocket is a function of the set of its messages, not of their order. So
+each message counts as it comes, by one upsert: changes of speed add up, and message numbers decide
+which launch, mission and explosion stand. A log of all messages, written in the same transaction,
+keeps a redelivery from counting again. `python rockets.py --help` tells how to run it.
 """
+
+from __future__ import annotations
 
 import argparse
 import errno
-import hashlib
+import gc
 import json
 import logging
 import os
 import re
-import resource
-import select
 import signal
 import socket
 import sqlite3
-import struct
 import sys
 import time
+import zlib
 from bisect import bisect_left
 from collections import namedtuple
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from datetime import UTC, datetime
+from contextlib import closing, contextmanager
+from datetime import datetime, timezone
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
-from urllib.parse import parse_qsl
+from urllib.parse import parse_qsl, urlencode
 
-import waitress
 from bottle import HTTP_CODES, Bottle, HTTPError, HTTPResponse, request, response
-from waitress import wasyncore
+from waitress import create_server, wasyncore
 from waitress.channel import HTTPChannel
-from waitress.parser import HTTPRequestParser, ParsingError
+from waitress.parser import HTTPRequestParser, ParsingError, TransferEncodingNotImplemented
+from waitress.task import ErrorTask, WSGITask
+from waitress.utilities import BadRequest, RequestEntityTooLarge
 
-VERSION = "1.0.0"
+try:
+    import resource
+except ImportError:  # on Windows
+    resource = None
+
+VERSION = "2.0.0"
 STATIC = Path(__file__).resolve().parent / "static"
 
 MAX_BODY = 64 * 1024  # bytes; a real message has about 300, a larger body gets a 413
 TOO_LARGE = f"the body must be at most {MAX_BODY} bytes long"
-MAX_BRACKETS = 800  # objects and arrays in a body; a real message has 2, and SQLite reads at most 1,000 levels
+MAX_READ = 1024 * 1024  # bytes of a body that are read, so that its sender comes to see the 413
+MAX_DEPTH = 800  # levels of objects and arrays; SQLite reads at most 1,000
 MAX_TEXT = 256  # characters
 MAX_SPEED = 2**31 - 1
-MAX_NUMBER = 2**53 - 1  # up to here every JSON parser reads whole numbers exactly (RFC 8259, section 6)
-MAX_PAGE = 10_000  # messages in one answer
-READ_PATIENCE = 60  # seconds for a client to read some of its answer
-MAX_CONNECTIONS = 1000  # at a time; more of them wait in the system
-MAX_LOOKS = 100  # for new connections in one turn; more of them must not keep these waiting
-LOCK_PATIENCE = 4  # seconds that POSTs wait for another process's lock; the sender gives up after 10
-LOCK_RETRY = 0.02  # seconds between two looks whether it is gone
-TROUBLE_SHOWN = 30  # seconds that /health tells of a failed write, unless another succeeds
-DRAIN_PATIENCE = 4  # seconds after SIGTERM or Ctrl-C in which requests under way are answered
-IDLE = 0.2  # seconds between two looks for a signal to stop while there are no requests
-BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, float("inf"))  # seconds
+MAX_NUMBER = 2**53 - 1  # up to here every JSON parser reads whole numbers exactly (RFC 8259, 6)
+MAX_PAGE = 10_000  # rockets or messages in one answer; all others wait while it is made
+MAX_HISTORY = 4 * 1024 * 1024  # bytes; an answer of messages ends with the one that exceeds it
+MAX_TURN = 32  # requests answered together, lest a crowd that asks for lists stop all else
+MAX_CONNECTIONS = 1000 if resource else 500  # at a time; select() on Windows takes 512
+MAX_POLLS = 100  # in a row, while each brings a new connection
+OTHER_FILES = 25  # file descriptors that are opened beside those of connections, at most
+CHANNEL_TIMEOUT = 120  # seconds in which a client neither sends nor reads anything
+IDLE = 0.2  # seconds until a signal to stop is noticed while nothing comes
+GRACE_PERIOD = 4  # seconds after a signal to stop in which requests under way are answered
+BUSY_TIMEOUT = 4  # seconds that a start waits for another process's lock; requests don't
+FAILURE_SHOWN = 30  # seconds that /health tells of a failed write, unless another succeeds
 
 log = logging.getLogger("rockets")
 
-# SQL ##################################################################################################################
+# SQL ##############################################################################################
 
-OLDEST_SQLITE = (3, 38, 0)  # the first with STRICT tables and JSON built in
-SCHEMA_VERSION = 0x524B_0003  # in the header of the file: "RK", which no other program has there, and the version
-NEVER = MAX_NUMBER + 1  # number of a launch or explosion not known yet; above all others, as the lowest one counts
+SCHEMA_VERSION = 0x524B_0004  # "RK" marks the file as ours; the low 16 bits are the version
+NO_NUMBER = MAX_NUMBER + 1  # of a launch or explosion not known yet, as the lowest number wins
 
-# launch_number, mission_number and explosion_number are of the messages that the columns before them come from. Columns
-# in _utc are the instants of those in _at, spelled so that ORDER BY sorts them.
-SCHEMA = f"""
-CREATE TABLE IF NOT EXISTS rockets (
+MESSAGES_TABLE = """
+CREATE TABLE messages (
+    channel TEXT NOT NULL, number INTEGER NOT NULL, time TEXT NOT NULL, type TEXT NOT NULL,
+    message TEXT NOT NULL, PRIMARY KEY (channel, number)
+) STRICT, WITHOUT ROWID"""
+
+# The projection of the log. Each _number tells which message the columns up to the next _number
+# come from. Each _utc is the _at before it in UTC, spelled so that ORDER BY sorts instants. json is
+# the rocket as it is served, made once for each message rather than for each answer.
+ROCKETS_TABLE = """
+CREATE TABLE rockets (
     channel TEXT NOT NULL PRIMARY KEY, messages INTEGER NOT NULL, speed_change INTEGER NOT NULL,
-    updated_at TEXT NOT NULL, updated_utc TEXT NOT NULL, last_message_number INTEGER NOT NULL,
-    type TEXT, launched_at TEXT, launched_utc TEXT, launch_speed INTEGER, launch_number INTEGER NOT NULL,
-    mission TEXT, mission_number INTEGER NOT NULL,
-    explosion_reason TEXT, explosion_number INTEGER NOT NULL,
-    missing_messages INTEGER AS (last_message_number - messages),
+    last_number INTEGER NOT NULL, updated_at TEXT NOT NULL, updated_utc TEXT NOT NULL,
+    launch_number INTEGER NOT NULL,
+    type TEXT, launch_speed INTEGER, launched_at TEXT, launched_utc TEXT,
+    mission_number INTEGER NOT NULL, mission TEXT,
+    explosion_number INTEGER NOT NULL, reason TEXT,
+    missing INTEGER AS (last_number - messages),
     speed INTEGER AS (launch_speed + speed_change),
-    status TEXT AS (iif(explosion_reason IS NOT NULL, 'exploded', iif(type IS NULL, 'awaiting_launch', 'active')))
-) STRICT, WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS messages (
-    channel TEXT NOT NULL, number INTEGER NOT NULL, time TEXT NOT NULL, type TEXT NOT NULL, message TEXT NOT NULL,
-    PRIMARY KEY (channel, number)
-) STRICT, WITHOUT ROWID;
-PRAGMA user_version = {SCHEMA_VERSION};
-"""
-RESET = "DROP TABLE IF EXISTS rockets; DROP TABLE IF EXISTS messages;"
+    status TEXT AS (
+        iif(reason NOTNULL, 'exploded', iif(type NOTNULL, 'active', 'awaiting_launch'))),
+    json TEXT NOT NULL AS (json_object(
+        'channel', channel, 'type', type, 'speed', speed, 'mission', mission, 'status', status,
+        'explosionReason', reason, 'launchedAt', launched_at, 'updatedAt', updated_at,
+        'lastMessageNumber', last_number, 'missingMessages', missing)) STORED
+) STRICT, WITHOUT ROWID"""
 
-# In whatever order messages come, and however often, they leave the same row: sums don't depend on order, the lowest
-# or highest number wins whenever it comes, and the WHERE clause lets no number count that the log already holds.
+# In whatever order messages come, they leave the same row: sums don't depend on order, and the
+# lowest or highest number wins whenever it comes.
 UPSERT = f"""
-INSERT INTO rockets VALUES (
+INSERT INTO rockets (
+    channel, messages, speed_change,
+    last_number, updated_at, updated_utc,
+    launch_number, type, launch_speed,
+    launched_at, launched_utc,
+    mission_number, mission,
+    explosion_number, reason
+) VALUES (
     :channel, 1, iif(:messageType = 'RocketSpeedDecreased', -1, 1) * ifnull(:by, 0),
-    :messageTime, :utc, :messageNumber,
-    :type, iif(:type IS NULL, NULL, :messageTime), iif(:type IS NULL, NULL, :utc), :launchSpeed,
-    iif(:type IS NULL, {NEVER}, :messageNumber),
-    ifnull(:mission, :newMission), iif(ifnull(:mission, :newMission) IS NULL, 0, :messageNumber),
-    :reason, iif(:reason IS NULL, {NEVER}, :messageNumber)
+    :messageNumber, :messageTime, :utc,
+    iif(:type ISNULL, {NO_NUMBER}, :messageNumber), :type, :launchSpeed,
+    iif(:type ISNULL, NULL, :messageTime), iif(:type ISNULL, NULL, :utc),
+    iif(ifnull(:mission, :newMission) ISNULL, 0, :messageNumber), ifnull(:mission, :newMission),
+    iif(:reason ISNULL, {NO_NUMBER}, :messageNumber), :reason
 )
 ON CONFLICT (channel) DO UPDATE SET
+    -- sums over all messages
     messages = messages + 1,
     speed_change = speed_change + excluded.speed_change,
-    updated_at = iif(excluded.last_message_number > last_message_number, excluded.updated_at, updated_at),
-    updated_utc = iif(excluded.last_message_number > last_message_number, excluded.updated_utc, updated_utc),
-    last_message_number = max(excluded.last_message_number, last_message_number),
+    -- the message with the highest number
+    last_number = max(last_number, excluded.last_number),
+    updated_at = iif(excluded.last_number > last_number, excluded.updated_at, updated_at),
+    updated_utc = iif(excluded.last_number > last_number, excluded.updated_utc, updated_utc),
+    -- the launch with the lowest number
+    launch_number = min(launch_number, excluded.launch_number),
     type = iif(excluded.launch_number < launch_number, excluded.type, type),
+    launch_speed = iif(excluded.launch_number < launch_number, excluded.launch_speed, launch_speed),
     launched_at = iif(excluded.launch_number < launch_number, excluded.launched_at, launched_at),
     launched_utc = iif(excluded.launch_number < launch_number, excluded.launched_utc, launched_utc),
-    launch_speed = iif(excluded.launch_number < launch_number, excluded.launch_speed, launch_speed),
-    launch_number = min(excluded.launch_number, launch_number),
+    -- the launch or mission change with the highest number
+    mission_number = max(mission_number, excluded.mission_number),
     mission = iif(excluded.mission_number > mission_number, excluded.mission, mission),
-    mission_number = max(excluded.mission_number, mission_number),
-    explosion_reason = iif(excluded.explosion_number < explosion_number, excluded.explosion_reason, explosion_reason),
-    explosion_number = min(excluded.explosion_number, explosion_number)
+    -- the explosion with the lowest number
+    explosion_number = min(explosion_number, excluded.explosion_number),
+    reason = iif(excluded.explosion_number < explosion_number, excluded.reason, reason)"""
+# WHERE guards the update; a channel that has no row yet has no message to repeat either.
+UPSERT_IF_NEW = f"""{UPSERT}
 WHERE NOT EXISTS (SELECT * FROM messages WHERE channel = :channel AND number = :messageNumber)"""
 
-KEEP = "INSERT INTO messages VALUES (:channel, :messageNumber, :messageTime, :messageType, :message)"
+ADD_TO_LOG = """
+INSERT INTO messages (channel, number, time, type, message)
+VALUES (:channel, :messageNumber, :messageTime, :messageType, :message)"""
+SELECT_LOG = "SELECT channel, number, time, type, message FROM messages"
 IS_SAME = """
-SELECT type = :messageType AND message = :message FROM messages WHERE channel = :channel AND number = :messageNumber"""
+SELECT type = :messageType AND message = :message FROM messages
+WHERE channel = :channel AND number = :messageNumber"""
+LOG_AND_ROCKETS_AGREE = """
+WITH logged AS (SELECT channel, count(*), max(number) FROM messages GROUP BY channel),
+    projected AS (SELECT channel, messages, last_number FROM rockets)
+SELECT NOT EXISTS (SELECT * FROM logged EXCEPT SELECT * FROM projected)
+    AND NOT EXISTS (SELECT * FROM projected EXCEPT SELECT * FROM logged)"""
 
 STATUSES = ("active", "awaiting_launch", "exploded")
 ORDERS = ("asc", "desc")
-SORT_KEYS = {name: name for name in ("channel", "type", "speed", "mission", "status")}  # and what to ORDER BY for each
-SORT_KEYS |= {"launchedAt": "launched_utc", "updatedAt": "updated_utc", "lastMessageNumber": "last_message_number"}
+# What GET /rockets can sort by, with the column to ORDER BY.
+SORT_KEYS = {name: name for name in ("channel", "type", "speed", "mission", "status")}
+SORT_KEYS |= {"launchedAt": "launched_utc", "updatedAt": "updated_utc"}
+SORT_KEYS |= {"lastMessageNumber": "last_number"}
 
-ROCKET_JSON = """json_object(
-    'channel', channel, 'type', type, 'speed', speed, 'mission', mission, 'status', status,
-    'explosionReason', explosion_reason, 'launchedAt', launched_at, 'updatedAt', updated_at,
-    'lastMessageNumber', last_message_number, 'missingMessages', missing_messages)"""
-ROCKET = f"SELECT {ROCKET_JSON} FROM rockets WHERE channel = :channel"
-MATCHING = """FROM rockets WHERE status = ifnull(:status, status)
-    AND (:type IS NULL OR type = :type) AND (:mission IS NULL OR mission = :mission)"""
-ROCKETS = {  # made of the tables above alone; the LIMIT keeps SQLite from dropping the inner ORDER BY
-    (sort, order): f"""
-SELECT json_object('count', count(*), 'total', (SELECT count(*) {MATCHING}), 'sortBy', :sort, 'order', :order,
-                   'rockets', json_group_array({ROCKET_JSON}))
-FROM (SELECT * {MATCHING} ORDER BY {column} {order} NULLS LAST, channel LIMIT :limit OFFSET :offset)"""
+SELECT_ROCKET = "SELECT json FROM rockets WHERE channel = :channel"
+MATCHING = """
+FROM rockets WHERE (:status ISNULL OR status = :status) AND (:type ISNULL OR type = :type)
+    AND (:mission ISNULL OR mission = :mission)
+    AND (:q ISNULL OR contains(:q, channel, type, mission))"""
+COUNT_MATCHING = f"SELECT count(*) {MATCHING}"
+SELECT_ROCKETS = {  # for each of SORT_KEYS and ORDERS; nothing in it comes from a request
+    (sort, order): f"""SELECT json {MATCHING}
+ORDER BY {column} {order} NULLS LAST, channel LIMIT :limit OFFSET :offset"""
     for sort, column in SORT_KEYS.items()
     for order in ORDERS
 }
-HISTORY = """
-SELECT iif(EXISTS (SELECT * FROM rockets WHERE channel = :channel), json_object(
-    'channel', :channel, 'count', count(*), 'messages', json_group_array(json_object(
-        'metadata', json_object('channel', channel, 'messageNumber', number, 'messageTime', time, 'messageType', type),
-        'message', json(message)))), NULL)
-FROM (SELECT * FROM messages WHERE channel = :channel AND number > :after ORDER BY number LIMIT :limit)"""
-HEALTH = "SELECT json_object('status', 'ok', 'rockets', count(*), 'messages', ifnull(sum(messages), 0)) FROM rockets"
-FLEET = f"""
-SELECT json_object({", ".join(f"'{status}', count(*) FILTER (WHERE status = '{status}')" for status in STATUSES)},
-                   'missing', CAST(total(missing_messages) AS INTEGER)) FROM rockets"""  # sum() fails beyond 2**63
+SELECT_HISTORY = """
+SELECT json_object('metadata', json_object('channel', channel, 'messageNumber', number,
+    'messageTime', time, 'messageType', type), 'message', json(message))
+FROM messages WHERE channel = :channel AND number > :after ORDER BY number LIMIT :limit"""
+COUNT_ALL = "SELECT count(*), ifnull(sum(messages), 0) FROM rockets"
+COUNT_BY_STATUS = "SELECT status, count(*) FROM rockets GROUP BY status"
+COUNT_MISSING = "SELECT CAST(total(missing) AS INTEGER) FROM rockets"  # sum() fails beyond 2**63
 
-# Messages #############################################################################################################
+# Messages #########################################################################################
 
-# What a value must be, in words, and a function that returns what to keep of it, or None if it isn't that.
+# words: what a value must be; read(value): what to keep of it, or None if it breaks the rule.
 Rule = namedtuple("Rule", "words read")
 
 
 def whole(lowest: int, highest: int) -> Rule:
-    words = f"a whole number from {lowest} to {highest}"  # below, type() is asked since True is an int
-    return Rule(words, lambda value: value if type(value) is int and lowest <= value <= highest else None)
+    def read(value: Any) -> int | None:
+        return value if type(value) is int and lowest <= value <= highest else None  # no bool
+
+    return Rule(f"a whole number from {lowest} to {highest}", read)
 
 
 def text(words: str, pattern: str, keep: Callable[[re.Match], Any] = re.Match.group) -> Rule:
@@ -180,29 +213,37 @@ def one_of(choices: Iterable[str]) -> Rule:
     return text(f"one of {', '.join(choices)}", "|".join(choices))
 
 
-def up_to(highest: int) -> Rule:
+def digits_up_to(highest: int) -> Rule:
     limit = whole(0, highest)
     return text(limit.words, "[0-9]{1,16}", lambda match: limit.read(int(match[0])))
 
 
-def to_utc(match: re.Match) -> str | None:
-    """Return an RFC 3339 time in UTC, spelled so that texts sort as the instants do, to the last digit."""
-    date, minute, second, fraction, offset = match.groups("")
+def read_uuid(match: re.Match) -> str:
+    return "-".join(match.group(2, 4, 5, 6, 7)).lower()
+
+
+def read_time(match: re.Match) -> tuple[str, str] | None:
+    """Return a time as it is served, and in UTC, spelled so that texts sort as the instants do."""
+    date, clock, second, fraction, offset = match.groups("")
     try:
-        utc = datetime.fromisoformat(f"{date}T{minute}{offset.upper()}").astimezone(UTC).isoformat()[:16]
+        instant = datetime.fromisoformat(f"{date}T{clock}{offset.upper()}")
+        utc = instant.astimezone(timezone.utc).isoformat()[:16]
     except (ValueError, OverflowError):  # no such day, or outside of the years 1 to 9999
         return None
-    if second == "60" and not utc.endswith("23:59"):  # a leap second ends a day in UTC
-        return None
-    return f"{utc}:{second}{fraction.rstrip('0.')}"
+    return match[0].upper(), f"{utc}:{second}{fraction.rstrip('0.')}"  # datetime cuts at six digits
 
 
-UUID = r"(?i)(?:urn:uuid:)?(\{)?([0-9a-f]{8})(-?)([0-9a-f]{4})\3([0-9a-f]{4})\3([0-9a-f]{4})\3([0-9a-f]{12})(?(1)\})"
-RFC_3339 = r"(?i)(\d{4}-\d\d-\d\d)T((?:[01]\d|2[0-3]):[0-5]\d):([0-5]\d|60)(\.\d+)?(Z|[+-](?:[01]\d|2[0-3]):[0-5]\d)"
-ANY = Rule("a text", str)
-NAME = text(f"a text of 1 to {MAX_TEXT} characters, no NUL, no lone surrogate", r"[^\0\ud800-\udfff]+")
+UUID = (
+    r"(?i)(?:urn:uuid:)?(\{)?([0-9a-f]{8})(-?)([0-9a-f]{4})\3([0-9a-f]{4})\3([0-9a-f]{4})\3"
+    r"([0-9a-f]{12})(?(1)\})"
+)
+HOUR = r"(?:[01]\d|2[0-3]):[0-5]\d"
+RFC_3339 = rf"(?i)(\d{{4}}-\d\d-\d\d)T({HOUR}):([0-5]\d)(\.\d+)?(Z|[+-]{HOUR})"
+TIME = "an RFC 3339 time with an offset and no leap second, such as 2022-02-02T19:39:05+01:00"
+ANY = text("a text of at most 256 characters", r"(?s).*")
+OBJECT = Rule("an object", lambda value: value if type(value) is dict else None)
+NAME = text("a text of 1 to 256 characters, no NUL, no lone surrogate", r"[^\0\ud800-\udfff]+")
 SPEED = whole(0, MAX_SPEED)
-CHANNEL = {"channel": text("a UUID", UUID, lambda match: "-".join(match.group(2, 4, 5, 6, 7)).lower())}
 MESSAGE_TYPES = {
     "RocketLaunched": {"type": NAME, "launchSpeed": SPEED, "mission": NAME},
     "RocketSpeedIncreased": {"by": SPEED},
@@ -210,216 +251,363 @@ MESSAGE_TYPES = {
     "RocketExploded": {"reason": NAME},
     "RocketMissionChanged": {"newMission": NAME},
 }
-NO_CONTENT = dict.fromkeys(field for fields in MESSAGE_TYPES.values() for field in fields)  # UPSERT names all
+# UPSERT wants every parameter; a message has only those of its type.
+NO_FIELDS = dict.fromkeys(field for fields in MESSAGE_TYPES.values() for field in fields)
+CHANNEL = {"channel": text("a UUID", UUID, read_uuid)}
+ENVELOPE = {"metadata": OBJECT, "message": OBJECT}
 METADATA = CHANNEL | {
     "messageNumber": whole(1, MAX_NUMBER),
-    "messageTime": text("an RFC 3339 time with an offset, such as 2022-02-02T19:39:05+01:00", RFC_3339, to_utc),
+    "messageTime": text(TIME, RFC_3339, read_time),
     "messageType": one_of(MESSAGE_TYPES),
 }
-LIST_QUERY = {"sort": one_of(SORT_KEYS), "order": one_of(ORDERS), "status": one_of(STATUSES), "type": ANY}
-LIST_QUERY |= {"mission": ANY, "limit": up_to(MAX_NUMBER), "offset": up_to(MAX_NUMBER)}
-HISTORY_QUERY = {"after": up_to(MAX_NUMBER), "limit": up_to(MAX_PAGE)}
+LIST_QUERY = {
+    "sort": one_of(SORT_KEYS),
+    "order": one_of(ORDERS),
+    "status": one_of(STATUSES),
+    **dict.fromkeys(("type", "mission", "q"), ANY),
+    "limit": digits_up_to(MAX_PAGE),
+    "offset": digits_up_to(MAX_NUMBER),
+}
+LIST_DEFAULTS = {"sort": "channel", "order": "asc", "limit": MAX_PAGE, "offset": 0}
+HISTORY_DEFAULTS = {"after": 0, "limit": 1000}
+HISTORY_QUERY = {"after": digits_up_to(MAX_NUMBER), "limit": digits_up_to(MAX_PAGE)}
 
 
 def read_fields(holder: Any, rules: dict[str, Rule], name: str = "") -> dict:
-    """Return what the rules keep of the fields they name. Raise HTTPError(400) for the first that breaks its rule."""
+    """Return what rules keep of the fields they name. Raise HTTPError(400) for one they refuse."""
     if type(holder) is not dict:
-        raise HTTPError(400, f"{name or 'the body'} must be an object, got {json.dumps(holder)[:100]}")
+        raise HTTPError(400, f"the body must be an object, got {json.dumps(holder)[:100]}")
     kept = {field: rule.read(holder.get(field)) for field, rule in rules.items()}
     for field, value in kept.items():
         if value is None:
             got = json.dumps(holder[field])[:100] if field in holder else "nothing"
-            raise HTTPError(400, f"{name and name + '.'}{field} must be {rules[field].words}, got {got}")
+            where = f"{name}.{field}" if name else field
+            raise HTTPError(400, f"{where} must be {rules[field].words}, got {got}")
     return kept
 
 
-decode = json.JSONDecoder(parse_constant=int).decode  # int() refuses NaN and Infinity, and names them
-encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"), sort_keys=True).encode
+def read_number(digits: str) -> int | float:
+    """Read a number with a fraction or an exponent; `7.0` is whole, as JSON Schema has it."""
+    number = float(digits)
+    return int(number) if number.is_integer() and abs(number) <= MAX_NUMBER else number
+
+
+def depth(body: bytes) -> int:
+    """Return how many objects and arrays lie within each other; brackets in texts don't count."""
+    brackets = re.findall(rb"[][{}]", re.sub(rb'(?s)"(?:[^"\\]|\\.)*"?', b"", body))
+    return max(accumulate(1 if bracket in b"[{" else -1 for bracket in brackets), default=0)
+
+
+# int("NaN") raises ValueError, as NaN and Infinity are no JSON.
+decode = json.JSONDecoder(parse_constant=int, parse_float=read_number).decode
+dump = json.JSONEncoder(separators=(",", ":")).encode
+dump_sorted = json.JSONEncoder(
+    ensure_ascii=False, allow_nan=False, separators=(",", ":"), sort_keys=True
+).encode
 
 
 def parse_message(body: bytes) -> dict:
-    """Turn the body of a POST into the parameters of UPSERT. Raise HTTPError(400 or 413) that names the broken rule."""
+    """Turn the body of a POST into the parameters of UPSERT_IF_NEW and ADD_TO_LOG.
+
+    Raise HTTPError(400 or 413) that names the field and the rule it breaks.
+    """
     if len(body) > MAX_BODY:
         raise HTTPError(413, TOO_LARGE)
-    if body.count(b"{") + body.count(b"[") > MAX_BRACKETS:
-        raise HTTPError(400, f"the body must hold at most {MAX_BRACKETS} opening brackets of objects and arrays")
+    if body.count(b"{") + body.count(b"[") > MAX_DEPTH and depth(body) > MAX_DEPTH:
+        raise HTTPError(400, f"the body must have at most {MAX_DEPTH} levels of objects and arrays")
     try:
-        envelope = decode(body.decode())
-        read_fields(envelope, {})  # raises unless it is an object
-        metadata, content = envelope.get("metadata"), envelope.get("message")
-        message = NO_CONTENT | read_fields(metadata, METADATA, "metadata")
-        message |= read_fields(content, MESSAGE_TYPES[message["messageType"]], "message")
-        message |= {"utc": message["messageTime"], "messageTime": metadata["messageTime"], "message": encode(content)}
-        message["message"].encode()  # raises for a lone surrogate
+        envelope = read_fields(decode(body.decode("utf-8-sig")), ENVELOPE)  # without a BOM
+        metadata = read_fields(envelope["metadata"], METADATA, "metadata")
+        rules = MESSAGE_TYPES[metadata["messageType"]]
+        fields = read_fields(envelope["message"], rules, "message")
+        sent, utc = metadata["messageTime"]
+        content = dump_sorted(envelope["message"])
+        content.encode()  # raises for a lone surrogate
     except ValueError as error:
-        why = f"in UTF-8, with finite numbers and whole characters: {str(error).partition(';')[0]}"
+        reason = str(error).partition(";")[0]  # without Python's advice on long numbers
+        why = f"in UTF-8, with finite numbers and whole characters: {reason}"
         raise HTTPError(400, f"the body must be JSON {why}") from error
-    return message
+    derived = {"messageTime": sent, "utc": utc, "message": content}
+    return NO_FIELDS | fields | metadata | derived
 
 
-# Storage ##############################################################################################################
+def parse_logged(row: tuple[bytes, int, bytes, bytes, bytes]) -> dict:
+    """Turn an entry of the log into the parameters of UPSERT."""
+    channel, number, sent, kind, content = row
+    kind, content = kind.decode(), decode(content.decode())
+    fields = {name: content[name] for name in MESSAGE_TYPES[kind]}
+    sent = sent.decode().replace(":60", ":59")  # an earlier version took leap seconds
+    served, utc = METADATA["messageTime"].read(sent)
+    metadata = {"channel": channel.decode(), "messageNumber": number, "messageType": kind}
+    return NO_FIELDS | fields | metadata | {"messageTime": served, "utc": utc}
 
 
-def inspect(path: str) -> None:
-    """Raise OSError, and change nothing, if the file holds anything but a whole database of this version."""
-    size, logged = [os.path.getsize(name) if os.path.exists(name) else 0 for name in (path, f"{path}-wal")]
-    if logged and not size:
-        raise OSError("it is gone, but its write-ahead log is there")  # which SQLite would delete
-    if size:
-        with open(path, "rb") as file:  # the header, see sqlite.org/fileformat2.html
-            magic, page_size, pages, version = struct.unpack(">16s H 10x I 28x I 36x", file.read(100).ljust(100))
-        if magic != b"SQLite format 3\0":
-            raise OSError("it is no SQLite database")
-        if version != SCHEMA_VERSION and (version or pages > 1):  # one page is a start that was cut short
-            raise OSError("another program, or another version of this one, wrote it")
-        if pages * page_size > size + logged:
-            raise OSError("a part of it is missing")
+# Storage ##########################################################################################
 
 
-def connect(path: str, mode: str = "rw") -> sqlite3.Connection:
-    """Open a connection; mode 'rwc' creates the file (sqlite.org/uri.html)."""
-    uri = f"{Path(path).absolute().as_uri()}?mode={mode}"
-    connection = sqlite3.connect(uri, timeout=LOCK_PATIENCE, isolation_level=None, uri=True)
+def contains(part: str, *texts: str | None) -> bool:
+    """Tell whether a text holds a part of it, whatever the case (Unicode's case folding)."""
+    return any(part.casefold() in text.casefold() for text in texts if text)
+
+
+def connect(path: str, options: str) -> sqlite3.Connection:
+    """Open a connection, with options of sqlite.org/uri.html."""
+    uri = f"{Path(path).as_uri()}?{options}"
+    connection = sqlite3.connect(uri, timeout=BUSY_TIMEOUT, isolation_level=None, uri=True)
     connection.text_factory = bytes  # the JSON that SQLite builds goes out as it is
-    connection.execute("PRAGMA journal_mode = WAL")  # reading never waits for writing
-    connection.execute("PRAGMA synchronous = FULL")  # success is the disk's word; NORMAL may lose the last commits
+    connection.create_function("contains", -1, contains, deterministic=True)
+    connection.execute("PRAGMA temp_store = MEMORY")  # for sorting, as the disk may be full
+    connection.execute("PRAGMA synchronous = FULL")  # NORMAL may lose the last commits
+    connection.execute("PRAGMA fullfsync = ON")  # on macOS, empty the drive's cache, too
+    connection.execute("PRAGMA checkpoint_fullfsync = ON")
     return connection
 
 
-def unavailable(why: Any) -> HTTPError:
-    why = f"the database is not available: {why}; try again (a message that comes twice counts once)"
-    return HTTPError(503, why, Retry_After="1")
+def has_table(connection: sqlite3.Connection, statement: str) -> bool | None:
+    """Tell whether a table is as a statement makes it; None if no table has its name."""
+    name = statement.split()[2]
+    found = connection.execute("SELECT sql FROM sqlite_master WHERE name = ?", [name]).fetchone()
+    if found is None:
+        return None
+    return found[0].decode().split() == statement.split()
+
+
+def inspect(path: str) -> None:
+    """Raise OSError or sqlite3.Error, and change nothing, unless the file can be the database."""
+    folder, wal = os.path.dirname(path), f"{path}-wal"
+    if not os.access(folder, os.W_OK):
+        why = "may not be written" if os.path.isdir(folder) else "does not exist"
+        raise OSError(f"the folder {folder} {why}")
+    size, wal_size = (os.path.exists(each) and os.path.getsize(each) for each in (path, wal))
+    if size and not os.access(path, os.W_OK):
+        raise OSError("it may not be written")
+    if wal_size and not size:
+        raise OSError(f"it is gone, but {wal} is there")  # which SQLite would delete
+    journal = Path(f"{path}-journal")
+    is_hot = journal.exists() and journal.read_bytes()[:1] > b"\0"  # SQLite will roll it back
+    if not size or (size <= 4096 and is_hot):  # new, or a first start that was cut short
+        return
+    # immutable, as even a reader of a WAL database would make files beside it
+    with closing(connect(path, "mode=ro" if wal_size else "immutable=1")) as connection:
+        check(connection)
+        with open(path, "rb") as file:  # the id in the file itself (sqlite.org/fileformat2.html)
+            own_id = int.from_bytes(file.read(72)[68:], "big")
+        ((id_with_wal,),) = connection.execute("PRAGMA application_id")
+        if wal_size and (own_id not in (0, id_with_wal) or not is_sound(connection)):
+            raise OSError(f"{wal} does not belong to it; to restore a backup, delete {wal} first")
+
+
+def check(connection: sqlite3.Connection) -> None:
+    """Raise OSError unless a database is empty, or one of ours that this version can read."""
+    ((version,),) = connection.execute("PRAGMA user_version")
+    ((tables,),) = connection.execute("SELECT count(*) FROM sqlite_master")
+    if version >> 16 != SCHEMA_VERSION >> 16 and (version or tables):
+        raise OSError("another program wrote it")
+    if version > SCHEMA_VERSION:
+        raise OSError("a later version of this program wrote it")
+    if has_table(connection, MESSAGES_TABLE) is False:
+        raise OSError("its log of messages has a form that this version does not know")
+
+
+def is_sound(connection: sqlite3.Connection) -> bool:
+    """Tell whether SQLite finds no damage, and the rockets agree with the log of messages."""
+    try:
+        if connection.execute("PRAGMA quick_check(1)").fetchone() != (b"ok",):
+            return False
+        if not has_table(connection, ROCKETS_TABLE):
+            return True  # they will be rebuilt
+        return bool(connection.execute(LOG_AND_ROCKETS_AGREE).fetchone()[0])
+    except sqlite3.DatabaseError:
+        return False
 
 
 class Store:
-    """The rockets and the log of their messages, in one SQLite file, for the thread that opened it."""
+    """The rockets and the log of their messages in one SQLite file, for the thread that opened it.
 
-    def __init__(self, path: str, reset: bool = False):
-        """Open or create the file; reset empties it. Raise OSError, and leave the file as it was, if that can't be."""
+    Its methods raise sqlite3.Error or OSError if the database can't do what they ask for.
+    """
+
+    def __init__(self, path: str):
+        """Open or create the file. Raise OSError, and leave the file as it was, if that fails."""
+        self.callbacks: list[Callable[[], None]] | None = None  # None: no transaction under way
+        self.files: dict[str, os.stat_result] = {}
+        self.commits = 0
+        path = os.path.realpath(path)  # SQLite makes its files beside the target of a link
         try:
             inspect(path)
-            self.writer = connect(path, "rwc")
-            self.writer.executescript(f"BEGIN IMMEDIATE; {RESET if reset else ''} {SCHEMA} COMMIT;")
-            self.writer.execute("PRAGMA wal_checkpoint")  # so that inspect() finds the version in the header
-            self.writer.execute("PRAGMA busy_timeout = 0")  # to wait for a lock in here would keep all others waiting
-            self.reader = connect(path)  # sees only what is committed
-            self.reader.execute(HEALTH).fetchone()  # finds damage inside
+            self.connection = connect(path, "mode=rwc")
+            check(self.connection)
+            self.connection.execute("PRAGMA journal_mode = WAL")  # others may read meanwhile
+            self.prepare()
+            self.read(COUNT_ALL)  # finds damage inside
             self.files = {name: os.stat(name) for name in (path, f"{path}-wal")}
-        except (sqlite3.Error, OSError) as error:
+            self.connection.execute("PRAGMA busy_timeout = 0")  # one thread serves all
+        except (sqlite3.Error, OSError, ValueError, TypeError, LookupError) as error:
             raise OSError(f"cannot use {path} as the database: {error}") from error
-        self.within, self.failure = False, None  # a transaction, and what this one or the last one has failed with
-        self.posts: list[tuple[str, float]] = []  # outcome and begin of those that are part of it
-        self.outcomes = dict.fromkeys(("applied", "duplicate", "conflicting", "rejected", "failed"), 0)
-        self.commits, self.durations, self.spent = 0, [0] * len(BUCKETS), 0.0
-        self.since: float | None = None  # when the message that is being served began to wait for the lock, if it did
-        self.failed_at: float | None = None  # when a message could not be stored, if no new one was since
+
+    def prepare(self) -> None:
+        """Make the tables; rockets that another version made are rebuilt from the log."""
+        version = self.connection.execute("PRAGMA user_version").fetchone()
+        tables = (MESSAGES_TABLE, ROCKETS_TABLE)
+        if version == (SCHEMA_VERSION,) and all(has_table(self.connection, t) for t in tables):
+            return
+        began = time.monotonic()
+        with self.transaction():
+            self.connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")  # waits for a lock
+            if not has_table(self.connection, MESSAGES_TABLE):
+                own_id = int.from_bytes(os.urandom(3), "big")  # tells another's WAL apart
+                self.connection.execute(f"PRAGMA application_id = {own_id}")
+                self.connection.execute(MESSAGES_TABLE)
+            self.connection.execute("DROP TABLE IF EXISTS rockets")
+            self.connection.execute(ROCKETS_TABLE)
+            ((count,),) = self.read("SELECT count(*) FROM messages")
+            logged = map(parse_logged, self.connection.execute(SELECT_LOG))
+            self.connection.executemany(UPSERT, show_progress(logged, count))
+        if count:
+            took = time.monotonic() - began
+            log.warning("rebuilt the rockets from %d messages in %.1f s", count, took)
+
+    def reset(self) -> None:
+        """Forget all rockets and all messages."""
+        with self.transaction():
+            self.connection.execute("DELETE FROM rockets")
+            self.connection.execute("DELETE FROM messages")
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """Commit what is done within, or roll it back; be part of the transaction under way."""
+        if self.callbacks is not None:
+            yield
+            return
+        self.connection.execute("BEGIN")
+        callbacks = self.callbacks = []
+        changes = self.connection.total_changes
+        try:
+            yield
+            self.connection.execute("COMMIT")
+            self.verify()  # last, as the files may be replaced until the commit is done
+        finally:
+            self.callbacks = None
+            if self.connection.in_transaction:
+                self.connection.execute("ROLLBACK")
+        self.commits += self.connection.total_changes > changes
+        for callback in callbacks:
+            callback()
+
+    def on_commit(self, callback: Callable[[], None]) -> None:
+        """Call back once the transaction under way is committed; at once if there is none."""
+        if self.callbacks is None:
+            callback()
+        else:
+            self.callbacks.append(callback)
 
     def verify(self) -> None:
-        """Raise OSError unless the files are those that were opened: what goes to a deleted file is lost."""
+        """Raise OSError unless the files are those that were opened, lest a deleted one be used."""
         for name, opened in self.files.items():
             if not os.path.samestat(os.stat(name), opened):
                 raise OSError(f"another file has the name {name}")
 
-    def read(self, sql: str, **parameters: Any) -> bytes | None:
-        """Return the one value that a query yields, or None. Raise HTTPError(503)."""
-        try:
-            row = self.reader.execute(sql, parameters).fetchone()
-            self.verify()
-        except (sqlite3.Error, OSError) as error:
-            raise unavailable(error) from error
-        return row and row[0]
-
-    @contextmanager
-    def transaction(self) -> Iterator[None]:
-        """Put on disk what is applied within, all or nothing; be part of the transaction under way, if there is one.
-
-        Raise HTTPError(503) if that failed, or may have failed.
-        """
-        outermost, before = not self.within, self.writer.total_changes
-        try:
-            if outermost:
-                self.writer.execute("BEGIN IMMEDIATE")
-                self.within, self.failure = True, None
-            if self.failure is None:
-                yield
-            if self.failure is not None:  # of a part, whose handler answers the error and goes no further
-                raise self.failure
-            if outermost:
-                self.writer.execute("COMMIT")
-                self.verify()
-                self.commits += self.writer.total_changes > before
-        except Exception as error:  # whatever it is, no half of a message may stay
-            self.failure = error
-            if self.writer.in_transaction:
-                self.writer.execute("ROLLBACK")
-            raise unavailable(error) from error
-        finally:
-            if outermost:
-                self.settle(stored=self.failure is None)
-                self.within = False
-
     def apply(self, message: dict) -> str:
-        """Count a message, and keep it in the log; return 'applied', 'duplicate' or 'conflicting'."""
+        """Count and keep a message; return 'applied', 'duplicate' or 'conflicting'."""
         with self.transaction():
-            if self.writer.execute(UPSERT, message).rowcount:
-                self.writer.execute(KEEP, message)
+            if self.connection.execute(UPSERT_IF_NEW, message).rowcount:
+                self.connection.execute(ADD_TO_LOG, message)
                 return "applied"
-            return "duplicate" if self.writer.execute(IS_SAME, message).fetchone()[0] else "conflicting"
+            ((same,),) = self.connection.execute(IS_SAME, message)
+            return "duplicate" if same else "conflicting"
 
-    def count(self, outcome: str, began: float) -> None:
-        """Count for /metrics what becomes of a POST, as soon as the transaction that it is part of has ended."""
-        self.posts.append((outcome, began))
-        if not self.within:
-            self.settle(stored=True)
+    def read(self, sql: str, **parameters: Any) -> list[tuple]:
+        """Return the rows that a query yields."""
+        rows = self.connection.execute(sql, parameters).fetchall()
+        self.verify()
+        return rows
 
-    def settle(self, stored: bool) -> None:
-        now = time.perf_counter()
-        for outcome, began in self.posts:
-            result = outcome if stored or outcome == "rejected" else "failed"
-            if result == "failed":
-                if self.failed_at is None:
-                    log.error("messages can't be stored: %a", str(self.failure))
-                self.failed_at = now
-            elif result == "applied" and self.failed_at is not None:
-                log.error("messages are stored again")
-                self.failed_at = None
-            self.outcomes[result] += 1
-            self.durations[bisect_left(BUCKETS, now - began)] += 1
-            self.spent += now - began
-        self.posts.clear()
+    def read_json(self, sql: str, budget: float = float("inf"), **parameters: Any) -> list[bytes]:
+        """Return the JSON texts that a query yields; stop after the one that exceeds the budget."""
+        texts: list[bytes] = []
+        for (text,) in self.connection.execute(sql, parameters):
+            texts.append(text)
+            budget -= len(text)  # bytes
+            if budget < 0:
+                break
+        self.verify()
+        return texts
+
+    def state(self) -> str:
+        """Return a text that changes with each commit, be it of this process or of another one."""
+        ((others,),) = self.read("PRAGMA data_version")
+        return f"{others}-{self.connection.total_changes}"
 
     def close(self) -> None:
-        """Close both connections; the last one folds the write-ahead log into the file (sqlite.org/wal.html)."""
-        self.reader.close()
-        self.writer.close()
+        """Close the connection, which folds the write-ahead log into the file."""
+        self.connection.close()
 
 
-# HTTP #################################################################################################################
-
-SAFE = {"X-Content-Type-Options": "nosniff"}  # keeps browsers from taking JSON for a page
-OPEN = SAFE | {"Access-Control-Allow-Origin": "*"}  # lets every page read what a GET answers
-
-
-def read_query(rules: dict[str, Rule]) -> dict:
-    """Return the query parameters that the rules name. Raise HTTPError(400) if one breaks its rule or comes twice."""
-    raw = request.query_string.encode("latin-1").decode(errors="replace")  # WSGI shows bytes as Latin-1 (PEP 3333)
-    pairs = parse_qsl(raw, keep_blank_values=True)
-    query = dict(pairs)
-    if len(query) < len(pairs):
-        raise HTTPError(400, "a query parameter must come only once")
-    return read_fields(query, {name: rule for name, rule in rules.items() if name in query})
+def show_progress(items: Iterable, count: int) -> Iterator:
+    """Yield the items; on a terminal, show once a second how many of them are done."""
+    shown = time.monotonic()
+    for done, item in enumerate(items):
+        yield item
+        if time.monotonic() >= shown + 1 and sys.stderr.isatty():
+            shown = time.monotonic()
+            bar = "#" * (40 * done // count)
+            line = f"[{bar:40}] {done:,} of {count:,} messages"
+            print(line, end="\r", file=sys.stderr, flush=True)
 
 
-def answer(body: bytes | None, content_type: str = "application/json") -> bytes:
-    """Answer a GET: 404 for no body, 304 if the client has this one already (RFC 9110, section 13.1.2), or else 200."""
-    if body is None:
-        raise HTTPError(404, "no message has come on this channel")
-    tag = f'"{hashlib.blake2b(body, digest_size=12).hexdigest()}"'
-    response.headers.update(OPEN | {"Content-Type": content_type, "ETag": tag, "Cache-Control": "no-cache"})
-    held = request.environ.get("HTTP_IF_NONE_MATCH", "")
-    if held == "*" or tag in re.findall('"[^"]*"', held):
-        response.status = 304
-    return body + b"\n"
+# HTTP #############################################################################################
+
+OUTCOMES = ("applied", "duplicate", "conflicting", "rejected", "failed")  # of a message
+BUCKETS = "0.001 0.0025 0.005 0.01 0.025 0.05 0.1 0.25 0.5 1 2.5 5 +Inf".split()  # seconds
+JSON, PROBLEM = "application/json", "application/problem+json"
+HTML, METRICS = "text/html; charset=utf-8", "text/plain; version=0.0.4; charset=utf-8"
+BASE_HEADERS = {"X-Content-Type-Options": "nosniff"}  # keeps browsers from taking JSON for a page
+PUBLIC_HEADERS = BASE_HEADERS | {"Access-Control-Allow-Origin": "*"}
+PUBLIC_HEADERS |= {"Access-Control-Expose-Headers": "ETag, Link"}
+CONFLICT = "message %(messageNumber)d of %(channel)s is known; ignored: %(messageType)s %(message)a"
+
+
+class Outcomes:
+    """What became of messages, by their final answers: for /metrics, /health and the log."""
+
+    def __init__(self):
+        self.counts = dict.fromkeys(OUTCOMES, 0)
+        self.durations = [0] * len(BUCKETS)
+        self.seconds = 0.0
+        self.failed_at: float | None = None  # unless a new message was stored since
+
+    def add(self, outcome: str, began: float, about: Any) -> None:
+        """Count an outcome, and log what needs attention; about: the message, or its error."""
+        now = time.perf_counter()
+        self.counts[outcome] += 1
+        self.durations[bisect_left(BUCKETS, now - began, key=float)] += 1
+        self.seconds += now - began
+        if outcome == "conflicting":
+            log.warning(CONFLICT, about)
+        elif outcome == "failed":
+            if self.failed_at is None:
+                log.error("messages can't be stored: %a", str(about))
+            self.failed_at = now
+        elif outcome == "applied" and self.failed_at is not None:
+            log.error("messages are stored again")
+            self.failed_at = None
+
+
+def failures_are_503(handler: Callable) -> Callable:
+    """Make failures of the database a 503, but not our own mistakes. A Bottle plugin."""
+
+    def handle(**arguments: str) -> Any:
+        try:
+            return handler(**arguments)
+        except (sqlite3.IntegrityError, sqlite3.ProgrammingError):
+            raise
+        except (sqlite3.Error, OSError) as error:
+            if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_ERROR:  # wrong SQL
+                raise
+            why = f"the database is not available: {error}; try again (messages count only once)"
+            raise HTTPError(503, why, Retry_After="1") from error
+
+    return handle
 
 
 def render(status: int, detail: str) -> str:
@@ -427,299 +615,496 @@ def render(status: int, detail: str) -> str:
 
 
 def problem(error: HTTPError) -> str:
-    """Render an error of the app as RFC 9457 asks."""
-    detail = error.body
-    if error.status_code == 405:
-        response.headers["Allow"] = allow = response.headers["Allow"].replace("GET", "GET,HEAD")
+    """Render an error as RFC 9457 asks; answer OPTIONS, which is no error but has no route."""
+    status, detail = error.status_code, error.body
+    allow = response.headers.get("Allow", "").replace("GET", "GET,HEAD")
+    is_public = request.method != "POST" and allow != "POST"
+    response.headers.update(PUBLIC_HEADERS if is_public else BASE_HEADERS)
+    response.headers["Content-Type"] = PROBLEM
+    if status == 405:
+        response.headers["Allow"] = allow
         detail = f"{request.path} takes {allow}, not {request.method}"
-    response.headers.update((SAFE if request.method == "POST" else OPEN) | {"Content-Type": "application/problem+json"})
-    return render(error.status_code, detail)
+        if request.method == "OPTIONS":
+            response.status = 204
+            response.headers["Access-Control-Allow-Headers"] = "*" if is_public else ""
+    return render(status, detail)
 
 
-def refuse_other_sites() -> None:
-    """Raise HTTPError(403) if a browser posts for a page of another site."""
-    site, origin = request.environ.get("HTTP_SEC_FETCH_SITE"), request.environ.get("HTTP_ORIGIN")
-    if site is None and origin:  # as browsers have it on plain HTTP to another machine
-        site = "same-origin" if origin.partition("://")[2] == request.environ.get("HTTP_HOST") else "cross-site"
+def read_query(rules: dict[str, Rule]) -> dict:
+    """Return the query parameters that the rules name. Raise HTTPError(400) for one that is bad."""
+    pairs = parse_qsl(request.query_string, keep_blank_values=True)
+    query = dict(pairs)
+    if len(query) < len(pairs):
+        raise HTTPError(400, "a query parameter must come only once")
+    return read_fields(query, {name: rule for name, rule in rules.items() if name in query})
+
+
+def check_headers() -> None:
+    """Raise HTTPError for a POST by a page of another site, or with a body that is not for us."""
+    header = request.environ.get
+    site, origin = header("HTTP_SEC_FETCH_SITE"), header("HTTP_ORIGIN")
+    if site is None and origin:  # over plain HTTP, browsers tell the site to localhost only
+        own = origin.partition("://")[2] == header("HTTP_HOST")
+        site = "same-origin" if own else "cross-site"
     if site in ("cross-site", "same-site"):
         raise HTTPError(403, "a page of another site must not post messages")
+    if (coding := header("HTTP_CONTENT_ENCODING", "").lower()) not in ("", "identity"):
+        raise HTTPError(415, f"the body must come as it is, not as {coding}", Accept_Encoding="")
+    if request.content_length > MAX_BODY:  # before it is read, for which Bottle takes a file
+        raise HTTPError(413, TOO_LARGE)
+
+
+def getter(make: Callable, kind: str = JSON, tag: Callable[[], str] = str) -> Callable:
+    """Return a handler that answers a GET with what make() returns; nothing is a 404.
+
+    If the client holds the tag, the answer is a 304 (RFC 9110, 13.1.2) without a call of make().
+    """
+
+    def handle(**arguments: str) -> bytes:
+        current = tag()  # "" by default, which no If-None-Match names
+        if_none_match = request.environ.get("HTTP_IF_NONE_MATCH", "")
+        is_current = current in re.findall('"[^"]*"', if_none_match)
+        body = b"" if is_current else make(**arguments)
+        if not body and not is_current:
+            raise HTTPError(404, "no message has come on this channel")
+        response.headers.update(PUBLIC_HEADERS)
+        response.headers.update({"Content-Type": kind, "Cache-Control": "no-cache"})
+        if current:
+            response.headers["ETag"] = current
+        if is_current or (current and if_none_match.strip() == "*"):
+            response.status = 304
+        return body + b"\n"
+
+    return handle
+
+
+def with_array(members: dict, name: str, items: list[bytes]) -> bytes:
+    """Return a JSON object with an array of items that are JSON already as its last member."""
+    return b'%b,"%b":[%b]}' % (dump(members)[:-1].encode(), name.encode(), b",".join(items))
+
+
+def samples(name: str, label: str, values: dict[str, int]) -> str:
+    """Return the lines of a metric that has a value for each value of a label."""
+    return "\n".join(f'{name}{{{label}="{key}"}} {value}' for key, value in values.items())
+
+
+class Api:
+    """The handlers of all that the store answers."""
+
+    def __init__(self, store: Store):
+        self.store, self.outcomes, self.started = store, Outcomes(), time.time()
+        self.metrics = (STATIC / "metrics.txt").read_text().rstrip()
+        head = BASE_HEADERS | {"Content-Type": JSON}
+        self.applied = HTTPResponse('{"status": "applied"}\n', 202, head)
+        self.duplicate = HTTPResponse('{"status": "duplicate"}\n', 202, head)
+
+    def tag(self) -> str:
+        """Return an ETag of this address, this state, and this life of the process."""
+        address = zlib.crc32(f"{request.path}?{request.query_string}".encode())
+        return f'"{self.started}-{self.store.state()}-{address}"'
+
+    def post_message(self) -> HTTPResponse:
+        began, outcome, about = time.perf_counter(), "rejected", None
+        try:
+            check_headers()
+            about = parse_message(request.body.read(MAX_BODY + 1))
+            outcome = "failed"  # unless apply() returns
+            outcome = self.store.apply(about)
+        except Exception as error:
+            about = error
+            raise
+        finally:
+            self.store.on_commit(partial(self.outcomes.add, outcome, began, about))
+        return self.applied if outcome == "applied" else self.duplicate
+
+    def get_rockets(self) -> bytes:
+        given = read_query(LIST_QUERY)
+        query = dict.fromkeys(LIST_QUERY) | LIST_DEFAULTS | given
+        sort, order, limit, offset = (query[name] for name in LIST_DEFAULTS)
+        rockets = self.store.read_json(SELECT_ROCKETS[sort, order], **query)
+        count = len(rockets)
+        total = end = offset + count
+        if count in (0, limit):  # the offset may be past the end, or more may follow
+            ((total,),) = self.store.read(COUNT_MATCHING, **query)
+        if count and end < total:
+            rest = urlencode(given | {"offset": end})
+            response.headers["Link"] = f'</rockets?{rest}>; rel="next"'  # RFC 8288
+        members = {"count": count, "total": total, "sortBy": sort, "order": order}
+        return with_array(members, "rockets", rockets)
+
+    def get_rocket(self, channel: str) -> bytes:
+        key = read_fields({"channel": channel}, CHANNEL)
+        return b"".join(self.store.read_json(SELECT_ROCKET, **key))
+
+    def get_history(self, channel: str) -> bytes:
+        key = read_fields({"channel": channel}, CHANNEL)
+        query = HISTORY_DEFAULTS | read_query(HISTORY_QUERY)
+        messages = self.store.read_json(SELECT_HISTORY, MAX_HISTORY, **key, **query)
+        if not messages and not self.store.read_json(SELECT_ROCKET, **key):
+            return b""
+        return with_array(key | {"count": len(messages)}, "messages", messages)
+
+    def get_health(self) -> bytes:
+        failed = self.outcomes.failed_at
+        if failed is not None and time.perf_counter() < failed + FAILURE_SHOWN:
+            raise OSError("a message could not be stored, and no new one was since")
+        ((rockets, messages),) = self.store.read(COUNT_ALL)
+        return dump({"status": "ok", "rockets": rockets, "messages": messages}).encode()
+
+    def get_metrics(self) -> bytes:
+        fleet = {status.decode(): count for status, count in self.store.read(COUNT_BY_STATUS)}
+        buckets = dict(zip(BUCKETS, accumulate(self.outcomes.durations), strict=True))
+        values = {
+            "messages": samples("rockets_messages_total", "outcome", self.outcomes.counts),
+            "commits": self.store.commits,
+            "buckets": samples("rockets_post_duration_seconds_bucket", "le", buckets),
+            "seconds": self.outcomes.seconds,
+            "count": buckets["+Inf"],
+            "fleet": samples("rockets_fleet", "status", dict.fromkeys(STATUSES, 0) | fleet),
+            "missing": self.store.read(COUNT_MISSING)[0][0],
+            "version": VERSION,
+            "started": self.started,
+        }
+        return (self.metrics % values).encode()
 
 
 def create_app(store: Store) -> Bottle:
     """Return the service on top of a store, as a WSGI application."""
-    app = Bottle()
+    app, api = Bottle(), Api(store)
     app.default_error_handler = problem
-    app.get("/", callback=partial(answer, (STATIC / "dashboard.html").read_bytes(), "text/html; charset=utf-8"))
-    app.get("/openapi.json", callback=partial(answer, (STATIC / "openapi.json").read_bytes()))
-    metrics = (STATIC / "metrics.txt").read_text().rstrip()
-    head, started = SAFE | {"Content-Type": "application/json"}, time.time()
-    applied, duplicate = [HTTPResponse(f'{{"status": "{is_}"}}\n', 202, head) for is_ in ("applied", "duplicate")]
-
-    @app.post("/messages")
-    def post_message() -> HTTPResponse:
-        began, outcome = store.since or time.perf_counter(), "rejected"
-        try:
-            refuse_other_sites()
-            message = parse_message(request.body.read(MAX_BODY + 1))
-            outcome = "failed"
-            outcome = store.apply(message)
-        finally:
-            store.count(outcome, began)
-        if outcome == "conflicting":
-            known = "message %(messageNumber)d of %(channel)s is known; another one with its number is ignored: "
-            log.warning(known + "%(messageType)s %(message)a", message)
-        return applied if outcome == "applied" else duplicate
-
-    @app.get("/rockets")
-    def get_rockets() -> bytes:
-        query = {"sort": "channel", "order": "asc", "status": None, "type": None, "mission": None}
-        query |= {"limit": -1, "offset": 0} | read_query(LIST_QUERY)
-        return answer(store.read(ROCKETS[query["sort"], query["order"]], **query))
-
-    @app.get("/rockets/<channel>")
-    def get_rocket(channel: str) -> bytes:
-        return answer(store.read(ROCKET, **read_fields({"channel": channel}, CHANNEL)))
-
-    @app.get("/rockets/<channel>/messages")
-    def get_history(channel: str) -> bytes:
-        query = read_fields({"channel": channel}, CHANNEL) | {"after": 0, "limit": 1000} | read_query(HISTORY_QUERY)
-        return answer(store.read(HISTORY, **query))
-
-    @app.get("/health")
-    def get_health() -> bytes:
-        if store.failed_at and time.perf_counter() < store.failed_at + TROUBLE_SHOWN:
-            raise unavailable("a message could not be stored, and no new one was since")
-        return answer(store.read(HEALTH))
-
-    @app.get("/metrics")
-    def get_metrics() -> bytes:
-        values = store.outcomes | dict(zip(map("le {:g}".format, BUCKETS), accumulate(store.durations), strict=True))
-        values |= {"spent": store.spent, "commits": store.commits, "started": started, "version": VERSION}
-        values |= json.loads(store.read(FLEET))
-        return answer((metrics % values).encode(), "text/plain; version=0.0.4; charset=utf-8")
-
+    app.install(failures_are_503)
+    app.post("/messages", callback=api.post_message)
+    app.get("/rockets", callback=getter(api.get_rockets, JSON, api.tag))
+    app.get("/rockets/<channel>", callback=getter(api.get_rocket, JSON, api.tag))
+    app.get("/rockets/<channel>/messages", callback=getter(api.get_history, JSON, api.tag))
+    app.get("/health", callback=getter(api.get_health))
+    app.get("/metrics", callback=getter(api.get_metrics, METRICS))
+    for path, file, kind in ("/", "dashboard.html", HTML), ("/openapi.json", "openapi.json", JSON):
+        page = (STATIC / file).read_bytes().rstrip()
+        tag = f'"{zlib.crc32(page)}"'  # below, bytes(page) and str(tag) give them back each time
+        app.get(path, callback=getter(partial(bytes, page), kind, partial(str, tag)))
     return app
 
 
-# Server ###############################################################################################################
+# Server ###########################################################################################
 
 WAITRESS = {
     "ident": "rockets",
-    "threads": 0,  # nobody but serve() takes requests from the queue for threads
-    "max_request_body_size": MAX_BODY + 1,  # bytes; so many and more are a 413 before they are read
-    "outbuf_overflow": sys.maxsize,  # bytes; no answer needs a temporary file, as the disk may be full
-    "outbuf_high_watermark": sys.maxsize,  # bytes; to wait for one client to read would keep all others waiting
+    "clear_untrusted_proxy_headers": False,  # the app reads none of them
+    "threads": 0,  # the loop's own thread does all
+    "max_request_body_size": MAX_READ + 1,  # bytes; waitress refuses so many and more
+    "inbuf_overflow": sys.maxsize,  # bytes; no temporary files, as the disk may be full
+    "outbuf_overflow": sys.maxsize,
+    "outbuf_high_watermark": sys.maxsize,  # bytes; nothing waits for a client to read
 }
+NO_HTTP = "this is neither HTTP/1.0 nor HTTP/1.1"
+REQUEST_LINE = re.compile(rb"[!-~]+ [!-~\x80-\xff]+ HTTP/1\.[01]\r\n")
+REQUEST_LINE_SO_FAR = re.compile(rb"[!-~]*( [!-~\x80-\xff]*( [HTP/1.0]{0,8}\r?)?)?")
+CODINGS = re.compile(rb"(?m)^transfer-encoding:(.*)\r$")
+
+
+class Request(HTTPRequestParser):
+    """A request of waitress that also keeps the rules of RFC 9112 which waitress leaves out."""
+
+    def received(self, data: bytes) -> int:
+        consumed = super().received(data)
+        if not self.headers_finished:
+            head = self.header_plus.lstrip(b"\r\n")
+            if not (REQUEST_LINE.match(head) or REQUEST_LINE_SO_FAR.fullmatch(head)):
+                self.error, self.completed = BadRequest(NO_HTTP), True  # a TLS greeting, say
+        if self.expect_continue and self.content_length > MAX_BODY:
+            self.error, self.completed = RequestEntityTooLarge(""), True
+        self.expect_continue &= not self.completed  # no 100 for what has its answer
+        return consumed
+
+    def parse_header(self, header_plus: bytes) -> None:
+        if not REQUEST_LINE.match(header_plus):
+            raise ParsingError(NO_HTTP)
+        if b"\r\n " in header_plus or b"\r\n\t" in header_plus:
+            raise ParsingError("a header must not be folded (RFC 9112, 5.2)")
+        try:
+            super().parse_header(header_plus)
+        except (ValueError, TransferEncodingNotImplemented) as error:  # a number that can't be, say
+            raise ParsingError(str(error)) from error
+        headers, is_old = self.headers, self.version == "1.0"
+        host = headers.get("HOST")
+        codings = [coding.strip(b" \t") for coding in CODINGS.findall(header_plus.lower())]
+        if (host is None and not is_old) or re.search(r"[\s,/?#@]", host or ""):  # a, b: two Hosts
+            raise ParsingError("there must be exactly one Host (RFC 9112, 3.2)")
+        if codings and (is_old or codings != [b"chunked"] or "CONTENT_LENGTH" in headers):
+            raise ParsingError("this is no way to frame a body (RFC 9112, 6.1)")
+        option = headers.get("CONNECTION", "").lower()
+        if "," in option:  # a list (RFC 9112, 9.6), of which waitress knows one word
+            known = {"close", "keep-alive"}.intersection(re.split(r"[ \t,]+", option))
+            headers["CONNECTION"] = min(known, default="")  # close, where both are there
+
+
+class AnswerTask(ErrorTask):
+    """Sends the answer that its connection holds."""
+
+    def execute(self) -> None:
+        self.status, self.response_headers, body = self.channel.answer
+        line = getattr(self.request, "first_line", b"")  # there is none in what is no HTTP
+        log.info("%s %s %a", self.status[:3], self.channel.addr[0], line)
+        self.content_length = len(body)
+        if self.request.error:
+            self.set_close_on_finish()
+        head = self.build_response_header()
+        self.wrote_header = True
+        self.channel.write_soon(head + body)  # in one packet, if it fits
+
+    def set_close_on_finish(self) -> None:
+        """Close after the answer, but not just because it has no body, as waitress would."""
+        option = self.request.headers.get("CONNECTION", "").lower()
+        if self.has_body or option == "close" or (self.version == "1.0" and not option):
+            super().set_close_on_finish()
+        elif self.version == "1.0":
+            self.response_headers.append(("Connection", "Keep-Alive"))
+
+
+class Connection(HTTPChannel):
+    """A connection of waitress that holds the answer to its first request until it may be sent."""
+
+    parser_class, task_class, error_task_class = Request, AnswerTask, AnswerTask
+    handle_expt = HTTPChannel.handle_close  # of TCP's urgent data, which HTTP does not have
+    answer: tuple[str, list[tuple[str, str]], bytes]  # status with its title, headers, body
+
+    def add_channel(self, map: dict | None = None) -> None:
+        """Be counted as a new connection; waitress calls this."""
+        super().add_channel(map)
+        self.server.task_dispatcher.accepted += 1  # our Server
+
+    def is_ready(self) -> bool:
+        """Tell whether the answer before is sent, or there is nobody to read it."""
+        return not self.connected or not self.writable()
+
+    def is_busy(self) -> bool:
+        """Tell whether a request is under way, or an answer not sent."""
+        return bool(self.requests or self.request or self.writable())
+
+    def ask(self) -> int:
+        """Ask the app about the first request, and hold its answer; return the status.
+
+        What waitress found to be wrong has its answer without the app.
+        """
+        first = self.requests[0]
+        if first.error:
+            status, detail = first.error.code, first.error.body
+            title = f"{status} {HTTP_CODES[status]}"
+            headers = [*BASE_HEADERS.items(), ("Content-Type", PROBLEM)]
+            body = render(status, TOO_LARGE if status == 413 else detail).encode()
+        else:
+            environ = WSGITask(self, first).get_environment()
+            environ["wsgi.input"].seek(0)  # it may have been read before
+            begun: list = []
+            body = b"".join(self.server.application(environ, lambda *given: begun.extend(given)))
+            title, headers, _ = begun
+        self.answer = title, headers, body
+        return int(title[:3])
+
+
+class Server:
+    """Serves an app on waitress's own loop, in turns.
+
+    A turn receives what has come, asks the app about all of it in one transaction, commits, and
+    only then answers. So messages that come together share a disk sync, and no answer has to be
+    taken back. If the transaction fails, each request is asked about again, by itself.
+    """
+
+    def __init__(self, app: Bottle, store: Store, sockets: list[socket.socket], limit: int):
+        self.store, self.stopping = store, False
+        self.arrived: list[Connection] = []  # each with a whole request, in order of arrival
+        self.accepted = 0  # connections so far
+        self.map: dict[int, Any] = {}  # what waitress polls
+        limit += len(sockets)  # as waitress counts the listeners, too
+        create_server(app, map=self.map, sockets=sockets, connection_limit=limit, **WAITRESS)
+        self.listeners = [each for each in self.map.values() if each.accepting]
+        for listener in self.listeners:
+            listener.channel_class, listener.task_dispatcher = Connection, self
+            listener.trigger.close()  # there is no other thread to wake
+            listener.pull_trigger = lambda: None
+            listener.maintenance = self.close_silent
+
+    def add_task(self, connection: Connection) -> None:
+        """Take a connection with a whole request; waitress calls this."""
+        self.arrived.append(connection)
+
+    def close_silent(self, now: float) -> None:
+        """Close what was silent for too long, unread answers included; waitress calls this."""
+        for each in [*self.map.values()]:
+            if not each.accepting and each.last_activity < now - CHANNEL_TIMEOUT:
+                each.handle_close()
+
+    def stop(self, *_: Any) -> None:
+        """End run() after this turn and what is under way; a signal handler."""
+        self.stopping = True
+
+    def run(self) -> None:
+        """Serve until stopped; then take in what has come, and answer what is under way."""
+        while not self.stopping:
+            self.turn()
+        while self.receive(0):
+            pass  # more have connected
+        for listener in self.listeners:
+            listener.close()
+        end = time.monotonic() + GRACE_PERIOD
+        while time.monotonic() < end and any(each.is_busy() for each in self.map.values()):
+            self.turn()
+
+    def receive(self, seconds: float) -> bool:
+        """Poll, again at once while connections come; return whether more may be waiting."""
+        for wait in [seconds] + [0] * MAX_POLLS:
+            known = self.accepted
+            wasyncore.loop(wait, use_poll=True, map=self.map, count=1)
+            if self.accepted == known:
+                return False
+        return True
+
+    def turn(self) -> None:
+        """Receive what comes, and answer all that is ready."""
+        self.receive(0 if any(each.is_ready() for each in self.arrived) else IDLE)
+        ready = [each for each in self.arrived if each.is_ready()][:MAX_TURN]
+        self.arrived = [each for each in self.arrived if each not in ready]
+        if len(ready) < 2 or not self.ask_together(ready):
+            for connection in ready:
+                connection.ask()
+        for connection in ready:
+            connection.service()
+            if connection.connected:
+                connection.handle_write()
+
+    def ask_together(self, ready: list[Connection]) -> bool:
+        """Ask about all requests in one transaction; return whether it could be committed."""
+        try:
+            with self.store.transaction():
+                if not all(connection.ask() < 500 for connection in ready):
+                    raise OSError("a request failed")  # to roll back
+        except (sqlite3.Error, OSError):
+            return False
+        return True
+
+
+# Command line #####################################################################################
 
 
 def listen(host: str, port: int) -> list[socket.socket]:
-    """Return sockets that listen on the host; 'localhost' is every loopback address there is. Raise OSError."""
+    """Return sockets that listen on a host; localhost is every loopback address. Raise OSError."""
     sockets: list[socket.socket] = []
     for address in ("127.0.0.1", "::1") if host == "localhost" else (host,):
         try:
             family = socket.getaddrinfo(address, port)[0][0]
             sockets.append(socket.create_server((address, port), family=family))
-        except OSError as error:
-            if not sockets or error.errno == errno.EADDRINUSE:  # else there is no IPv6 on this machine
-                why = error.strerror.partition(" (")[0]
+        except (OSError, UnicodeError) as error:
+            if not sockets or error.errno == errno.EADDRINUSE:  # else there is no IPv6 here
+                why = getattr(error, "strerror", str(error)).partition(" (")[0]
                 raise OSError(f"cannot listen on {address} port {port}: {why}") from error
-        port = sockets[0].getsockname()[1]  # the same for both, also where the system has chosen it
+        port = sockets[0].getsockname()[1]  # the same for both, also where the system chose it
     return sockets
 
 
-class Request(HTTPRequestParser):
-    """A request of waitress, mended where that would leave it without an answer."""
-
-    def received(self, data: bytes) -> int:
-        consumed = super().received(data)
-        self.expect_continue &= not self.completed  # else waitress asks for more of a request that is complete
-        return consumed
-
-    def parse_header(self, header_plus: bytes) -> None:
-        try:
-            super().parse_header(header_plus)
-        except ValueError as error:  # of an address or a number that can't be, which closes the connection
-            raise ParsingError(str(error)) from error
-
-
-class Connection(HTTPChannel):
-    """A connection of waitress, whose answers can be held back, and replaced as long as they are."""
-
-    parser_class = Request
-    holding = False  # for all connections at once
-    since: float | None = None  # when its message began to wait for the lock, if it does
-
-    def _flush_some(self, do_close: bool = True) -> bool:
-        return not Connection.holding and super()._flush_some(do_close)
-
-    def service(self) -> None:
-        """Answer the first request; what waitress refuses by itself would be plain text."""
-        if error := self.requests[0].error:
-            self.refuse(error.code, TOO_LARGE if error.code == 413 else error.body)
-        else:
-            super().service()
-
-    def refuse(self, status: int, detail: str) -> None:
-        """Answer without the app, as RFC 9457 asks, and close.
-
-        waitress writes the answer to the first of the requests: one that is made up here, and put before all others.
-        """
-        log.info("%d %a", status, f"{self.addr[0]} {detail}")
-        head = [*SAFE.items(), ("Content-Type", "application/problem+json"), *[("Retry-After", "1")] * (status == 503)]
-        refused = self.parser_class(self.adj)
-        refused.version = "1.1"
-        refused.error = SimpleNamespace(
-            to_response=lambda ident: (f"{status} {HTTP_CODES[status]}", head, render(status, detail).encode())
-        )
-        self.requests.insert(0, refused)
-        super().service()
-
-    def take_back(self, error: HTTPError) -> None:
-        """Put a 503 in the place of the answer that is held back, if that begins with HTTP/1.1 202."""
-        if self.outbufs[-1].get(12)[9:12] == b"202":
-            self.outbufs[-1].skip(self.total_outbufs_len, True)
-            self.total_outbufs_len = 0
-            self.refuse(503, error.body)
+def connection_limit() -> int:
+    """Raise the limit of open files as far as needed and allowed; return what it allows for."""
+    limit = MAX_CONNECTIONS
+    if resource:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        others = OTHER_FILES + len(os.listdir("/dev/fd"))
+        needed = MAX_CONNECTIONS + others
+        if 0 <= soft < needed:  # no limit is a number below 0
+            soft = needed if hard < 0 else min(needed, hard)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            limit = soft - others
+    if limit < 1:
+        raise OSError(f"too few open files are allowed (ulimit -n is {soft})")
+    if limit < 100:
+        log.warning("there can be only %d connections at a time (ulimit -n is %d)", limit, soft)
+    return limit
 
 
-def serve(app: Bottle, store: Store, sockets: list[socket.socket], greeting: str) -> None:
-    """Greet, and serve until SIGTERM or Ctrl-C; then take nothing more, and answer what is under way.
-
-    One thread does everything, in turns: read what has come, let the app answer all of it in one transaction, and send
-    the answers when that is on disk. So all messages of a turn share a disk sync, and nobody waits for another thread.
-    """
-    stopping: list[int] = []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, _: stopping.append(number))
-    connections: dict[int, Any] = {}  # and listeners, by file number
-    limit = min(MAX_CONNECTIONS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 50)  # else accept() fails for ever
-    server = waitress.create_server(app, map=connections, sockets=sockets, connection_limit=limit, **WAITRESS)
-    for listener in connections.values():
-        listener.channel_class = Connection
-        listener.pull_trigger = lambda: None  # nobody sleeps while there is something to send
-    arrived = server.task_dispatcher.queue  # of connections with a whole request
-    waiting: list[Connection] = []  # those whose client must read first, or whose message waits for the lock
-    blocked_since: float | None = None  # when another process was first found to have the lock
-    deadline = float("inf")  # for all answers, once there is a signal to stop
-    poller, stirred, listening = select.poll(), set(), set(connections)
-
-    def receive(seconds: float) -> bool:
-        """Let waitress handle what happens, and return whether there may be a new connection. Its own loop asks each
-        connection at every turn what it waits for, so that idle ones slow down all; this asks those that something
-        happened to, and the listeners, which waitress pauses at its limit of connections."""
-        for number in stirred | listening:
-            if connection := connections.get(number):
-                reads, writes = connection.readable() and select.POLLIN, connection.writable() and select.POLLOUT
-                poller.register(number, reads | writes)
-            else:
-                poller.unregister(number)
-        stirred.clear()
-        newest = next(reversed(connections))  # the last key of a dict
-        for number, events in poller.poll(1000 * seconds):
-            wasyncore.readwrite(connections[number], events)
-            stirred.update((number, next(reversed(connections))))
-        return newest != next(reversed(connections))
-
-    def service_all(ready: list[Connection]) -> None:
-        Connection.holding = True
-        for connection in ready:
-            store.since, connection.since = connection.since, None
-            connection.service()
-        Connection.holding = False
-
-    def turn() -> None:
-        nonlocal blocked_since
-        for seconds in (0 if arrived else LOCK_RETRY if waiting else IDLE, *[0] * MAX_LOOKS):
-            if not receive(seconds):  # else look again at once: a new connection has sent its request, as a rule
-                break
-        ready = [connection for connection in (*waiting, *arrived) if connection.socket]  # the others have hung up
-        stirred.update(connection.socket.fileno() for connection in ready)
-        waiting.clear()
-        arrived.clear()
-        posts, others = [], []
-        for connection in ready:
-            unread = connection.total_outbufs_len
-            is_post = not unread and getattr(connection.requests[0], "command", None) == "POST"
-            (waiting if unread else posts if is_post else others).append(connection)
-        service_all(others)
-        for connection in others:
-            connection.handle_write()
-        begun = not posts  # the transaction, which needs the lock
-        try:
-            if posts:
-                with store.transaction():
-                    begun = True
-                    service_all(posts)
-        except HTTPError as error:
-            if begun:
-                for connection in posts:
-                    connection.take_back(error)
-            elif time.monotonic() < min((blocked_since or time.monotonic()) + LOCK_PATIENCE, deadline - 0.5):
-                waiting.extend(posts)
-                for connection in posts:
-                    connection.since = connection.since or time.perf_counter()
-            else:
-                service_all(posts)  # each fails by itself, and says why
-        blocked_since = None if begun else blocked_since or time.monotonic()
-        for connection in posts:
-            connection.handle_write()
-
-    receive(0)  # so that every listener is registered before it is closed
-    print(greeting, flush=True)
-    while not stopping:
-        stirred.update(connections)  # all of them once a second, for waitress's timeouts and for ours
-        for connection in [*connections.values()]:
-            if getattr(connection, "total_outbufs_len", 0) and connection.last_activity < time.time() - READ_PATIENCE:
-                connection.handle_close()
-        second = time.monotonic() + 1
-        while not stopping and time.monotonic() < second:
-            turn()
-    stirred.update(connections)
-    listening.clear()
-    for listener in [connection for connection in connections.values() if connection.accepting]:
-        wasyncore.dispatcher.close(listener)
-    deadline, busy = time.monotonic() + DRAIN_PATIENCE, True
-    while busy and time.monotonic() < deadline:
-        turn()
-        busy = any(getattr(c, "requests", 0) or getattr(c, "request", 0) or c.writable() for c in connections.values())
+def greet(greeting: str) -> None:
+    """Print the greeting; the service is there even if stdout doesn't take it."""
+    try:
+        if sys.stdout:
+            sys.stdout.reconfigure(errors="backslashreplace")
+        print(greeting, flush=True)
+    except OSError as error:
+        log.warning("%s (stdout: %s)", greeting, error.strerror)
 
 
-def main() -> None:
-    """Read the command line and the environment, and serve."""
+DEFAULTS = {"host": "localhost", "port": "8088", "database": "rockets.db"}
+
+
+def read_options() -> tuple[argparse.Namespace, dict[str, str]]:
+    """Return the options, and for each that the environment set, a note for its errors."""
+    found = {name: os.environ.get(name.upper()) for name in DEFAULTS}
     parser = argparse.ArgumentParser(
-        description=__doc__.partition("\n")[0],
+        description="Take in what rockets report, and serve their state as JSON.",
         epilog="HOST, PORT and DATABASE in the environment stand in for the options.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.error = lambda text: sys.exit(f"rockets: {text}")  # one line, as for everything else that can't work
-    option, environ = parser.add_argument, os.environ.get
-    option("--host", default=environ("HOST", "localhost"), help="address to listen on; localhost is all loopback ones")
-    option("--port", type=int, default=environ("PORT", "8088"), help="port to listen on; 0 takes any free one")
-    option("--database", metavar="FILE", default=environ("DATABASE", "rockets.db"), help="SQLite file to keep all in")
-    option("--threads", metavar="N", type=int, default=1, help="ignored, for scripts that name it: one thread does all")
+    parser.error = lambda why: sys.exit(f"rockets: {why}")  # one line, as for all that can't work
+    option = parser.add_argument
+    option("--host", help="address to listen on; localhost is every loopback address")
+    option("--port", help="port to listen on; 0 takes any free one")
+    option("--database", metavar="FILE", help="SQLite file to keep all in")
     option("--reset", action="store_true", help="start from an empty database")
     option("--verbose", action="store_true", help="log every request")
-    args = parser.parse_args()
-    logging.basicConfig(level="INFO" if args.verbose else "WARNING", format="%(asctime)s %(levelname)s %(message)s")
-    logging.getLogger("waitress").setLevel("ERROR")  # else a line for every request that has to wait a moment
-    try:
-        if sqlite3.sqlite_version_info < OLDEST_SQLITE:
-            raise OSError(f"SQLite {sqlite3.sqlite_version} is too old, at least {OLDEST_SQLITE} is needed")
-        sockets = listen(args.host, args.port)
-        store = Store(args.database, args.reset)
-        app, found = create_app(store), json.loads(store.read(HEALTH))
-    except (OSError, OverflowError, UnicodeError) as error:  # of a port above 65,535, of a host that can't be
-        sys.exit(f"rockets: {error}")
-    if args.verbose:
-        line = "{0.remote_addr} {0.method} {0.path}"
-        app.add_hook("after_request", lambda: log.info("%d %a", response.status_code, line.format(request)))
-    host = f"[{args.host}]" if ":" in args.host else args.host
-    where = f"http://{host}:{sockets[0].getsockname()[1]}"
-    holds = f"{args.database} holds {found['rockets']} rockets and {found['messages']} messages"
-    serve(app, store, sockets, f"Rockets listens on {where}, {holds}")
-    store.close()
+    parser.set_defaults(**{name: found[name] or DEFAULTS[name] for name in DEFAULTS})
+    options = parser.parse_args()
+    used = [name for name in DEFAULTS if found[name] == getattr(options, name)]
+    return options, {name: f" (from {name.upper()} in the environment)" for name in used}
+
+
+def handle_signals(handler: Any) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)  # all is done; Python would die of a second one while it exits
+        signal.signal(number, handler)
+
+
+class Sparing(logging.Filter):
+    """Lets a warning pass once a minute; waitress repeats that there are too many connections."""
+
+    silent_until = 0.0  # seconds since 1970
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        passes = record.levelno != logging.WARNING or record.created >= self.silent_until
+        if passes and record.levelno == logging.WARNING:
+            self.silent_until = record.created + 60
+        return passes
+
+
+def main() -> None:
+    """Read the options, and serve until SIGTERM or Ctrl-C."""
+    if sys.version_info < (3, 11) or sqlite3.sqlite_version_info < (3, 38):
+        sys.exit("rockets: at least Python 3.11 and SQLite 3.38 are needed")
+    handle_signals(lambda *_: sys.exit(0))  # while it starts
+    options, sources = read_options()
+    level = "INFO" if options.verbose else "WARNING"
+    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(message)s")
+    logging.getLogger("waitress").addFilter(Sparing())
+    tried: tuple[str, ...] = ()  # the options that an error is about
+    try:
+        limit = connection_limit()
+        tried = ("host", "port")
+        port = digits_up_to(65535).read(options.port)
+        if port is None:
+            raise OSError(f"the port must be {digits_up_to(65535).words}, got {options.port}")
+        sockets = listen(options.host, port)
+        tried = ("database",)
+        store = Store(options.database)
+        server = Server(create_app(store), store, sockets, limit)
+        if options.reset:
+            store.reset()
+        ((rockets, messages),) = store.read(COUNT_ALL)
+    except (sqlite3.Error, OSError) as error:
+        sys.exit(f"rockets: {error}{''.join(sources.get(name, '') for name in tried)}")
+    handle_signals(server.stop)
+    host = f"[{options.host}]" if ":" in options.host else options.host
+    where = f"http://{host}:{sockets[0].getsockname()[1]}"
+    found = f"{options.database} holds {rockets} rockets and {messages} messages"
+    gc.freeze()  # what is there by now stays, and need not be looked at for garbage again
+    greet(f"Rockets listens on {where}, {found}")
+    server.run()
+    store.close()
+    handle_signals(signal.SIG_IGN)  # Python would die of another one while it exits
 
 
 if __name__ == "__main__":
