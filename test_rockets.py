@@ -2506,3 +2506,25 @@ def test_a_crowd_of_idle_slow_and_deaf_connections_keeps_nobody_out(heavy):
         crowd.close()
         wait_until(lambda: files(process) == before)
         assert process.stop() == 0 and process.logged() == ""
+
+
+# Power cuts #######################################################################################
+
+def test_a_power_cut_takes_back_nothing_that_was_acknowledged(tmp_path):
+    """The same must fail for a copy whose commits don't wait for the disk."""
+    if not shutil.which("strace"):
+        pytest.skip("strace is not installed")
+    strace = ["strace", "-f", "--seccomp-bpf", "-o", os.devnull, "true"]
+    if subprocess.run(strace, capture_output=True).returncode:
+        pytest.skip("strace may not trace here, or is older than 5.3")
+    (tmp_path / "static").symlink_to(SERVICE.parent / "static")
+    broken = re.sub("synchronous *= *FULL", "synchronous = NORMAL", SERVICE.read_text())
+    (tmp_path / SERVICE.name).write_text(broken)
+    command = [sys.executable, SERVICE.parent / "tools" / "powercut.py"]
+    options = [[SERVICE], [tmp_path / SERVICE.name, "--messages=200", "--cuts=20"]]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    processes = [subprocess.Popen([*command, *words], **pipes) for words in options]
+    said, of_broken = [process.communicate(timeout=120)[0] for process in processes]
+    assert processes[0].returncode == 0 and said.startswith("100 power cuts in 600 messages"), said
+    assert processes[1].returncode == 1, of_broken
+    assert int(re.search(r"lost at (\d+) cuts", of_broken)[1]) >= 10, of_broken
