@@ -4,6 +4,7 @@ From "The process" on, it runs as a user starts it.
 """
 
 import copy
+import csv
 import json
 import logging
 import os
@@ -36,6 +37,7 @@ import pytest
 from webtest import TestApp
 
 import rockets
+from tools.browser import Browser, find_chromium
 from tools.launch import Sender, http_request
 
 CHANNEL = "193270a9-c9cf-404a-8f83-838e71d9ae67"
@@ -2528,3 +2530,178 @@ def test_a_power_cut_takes_back_nothing_that_was_acknowledged(tmp_path):
     assert processes[0].returncode == 0 and said.startswith("100 power cuts in 600 messages"), said
     assert processes[1].returncode == 1, of_broken
     assert int(re.search(r"lost at (\d+) cuts", of_broken)[1]) >= 10, of_broken
+
+
+# The dashboard, in a real browser #################################################################
+
+AWAITING, EXPLODED = (f"{first}0000000-0000-4000-8000-000000000000" for first in (2, 3))
+FLEET = [
+    launch(1),
+    faster(2, 3000),
+    slower(4, 1000, at="2022-02-02T19:40:00+01:00"),
+    faster(2, 5, channel=AWAITING),
+    launch(1, channel=EXPLODED, type="Saturn", launchSpeed=0, mission="=1+1"),
+    exploded(2, channel=EXPLODED),
+]
+CELLS = [
+    [CHANNEL, "Falcon-9", "ARTEMIS", "2,500", "Active", "4", "1"],
+    [AWAITING, "unknown", "unknown", "unknown", "Awaiting launch", "2", "1"],
+    [EXPLODED, "Saturn", "=1+1", "0", "Exploded", "2", "0"],
+]
+LINES = [
+    ["4", "▼Speed −1,000", "2,500"],
+    ["1 message not received: number 3"],
+    ["2", "▲Speed +3,000", "3,500"],
+    ["1", "●Launched at 500 for ARTEMIS", "500"],
+]
+ROWS = "[...document.querySelectorAll('#rows tr')]"
+TEXTS = f"{ROWS}.map(row => [...row.cells].map(cell => cell.textContent).slice(0, 7))"
+LISTED = f"{ROWS}.map(row => row.dataset.channel)"
+HISTORY_LINES = TEXTS.replace("rows", "history").replace("7", "3") + ".slice(1)"  # without the day
+PULSE = "byId('pulse').dataset.state"
+TOTALS = "['rockets', ...Object.keys(STATUSES), 'messages', 'missing']"
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    if not find_chromium():
+        pytest.skip("no Chromium or Chrome is installed")
+    with Browser(tmp_path_factory.mktemp("browser")) as browser:
+        yield browser
+
+
+@pytest.fixture
+def fleet(file):
+    with Process(file) as process:
+        for body in FLEET:
+            process.request("/messages", body)
+        yield process
+
+
+@pytest.fixture
+def page(browser, fleet):
+    """The dashboard; whatever comes to the console, violations of its policy too, is a failure."""
+    browser.messages.clear()
+    browser.emulate(1280, 900)
+    browser.open(f"{fleet.url}/")
+    browser.wait(TEXTS, CELLS)
+    yield browser
+    leave(browser)
+    assert browser.messages == []
+
+
+def leave(page, expected=None):
+    """Leave the dashboard, so that its console is complete, and forget what was expected there."""
+    page.open("about:blank")
+    page.wait("location.href", "about:blank")
+    if expected:
+        page.messages[:] = [said for said in page.messages if expected not in said]
+
+
+def test_the_page_shows_totals_and_how_long_ago_and_when(page):
+    page.wait(f"{TOTALS}.map(name => byId(`total-${{name}}`).textContent).join()", "3,1,1,1,6,2")
+    page.wait("document.querySelector('#speeds svg').ariaLabel.split('. ')[0]",
+              "Speeds by status: 1 active, from 2,500 to 2,500; 1 awaiting launch; "
+              "1 exploded, from 0 to 0")
+    updated = page.evaluate(f"{ROWS}.map(row => [row.lastChild.innerText, row.lastChild.title])[0]")
+    assert re.fullmatch(r"\d+ years ago", updated[0])
+    assert "as sent: 2022-02-02T19:40:00+01:00" in updated[1]
+
+
+def test_the_page_searches_filters_and_sorts(page, fleet):
+    page.press("/")
+    page.type("fALC")
+    page.wait(LISTED, [CHANNEL])
+    page.wait("location.hash", "#q=fALC")
+    page.press("Escape")
+    page.wait(TEXTS, CELLS)
+    for status in rockets.STATUSES:
+        page.evaluate(f"byId('status').value = '{status}'")
+        page.evaluate("byId('status').dispatchEvent(new Event('change'))")
+        listed = fleet.request(f"/rockets?status={status}")[1]["rockets"]
+        page.wait(LISTED, [rocket["channel"] for rocket in listed])
+    page.click("#clear")
+    for order in [CHANNEL, EXPLODED, AWAITING], [EXPLODED, CHANNEL, AWAITING]:
+        page.click("[data-sort=speed]")
+        page.wait(LISTED, order)
+
+
+def test_a_wrong_address_is_named_and_breaks_nothing(page):
+    page.evaluate("location.hash = '#status=constructor&sort=__proto__'")
+    wrong = "The address is wrong: status can't be “constructor”, "
+    wrong += "sort can't be “__proto__”."
+    page.wait("byId('notice').innerText", wrong)
+    page.wait(TEXTS, CELLS)
+
+
+def test_a_rocket_opens_with_its_history_and_closes_for_good(page):
+    page.click("#rows tr")
+    page.wait(HISTORY_LINES, LINES)
+    page.wait("document.querySelector('#chart svg').ariaLabel.split(';')[0]",
+              "Speed from 500 to 2,500, at most 3,500")
+    page.wait("document.title", "Falcon-9 193270a9 – Rockets")
+    page.evaluate("history.back()")
+    page.wait("document.title", "Rockets")
+    page.click("#rows tr")
+    page.wait("byId('detail').checkVisibility()", True)
+    page.click("#close")
+    page.wait("location.hash", "")
+    page.evaluate("setTimeout(() => history.back()) && 0")  # after the answer, as the page goes
+    page.wait("location.href", "about:blank")
+
+
+def test_the_page_holds_still_while_paused_and_then_shows_an_explosion_as_new(page, fleet):
+    page.press(" ")
+    page.wait(PULSE, "paused")
+    fleet.request("/messages", exploded(5))
+    two_polls_later = page.evaluate("performance.now()") + 2500
+    page.wait(f"performance.now() > {two_polls_later}", True)
+    page.wait(TEXTS, CELLS)
+    page.press(" ")
+    page.wait(f"{TEXTS}[0].slice(4)", ["Exploded", "5", "1"])
+    page.wait("[document.querySelector('#rows tr').className, byId('total-new').innerText]",
+              ["recent", "1 new"])
+    page.wait("document.querySelector('#speeds svg').ariaLabel.includes('; 2 exploded')", True)
+
+
+def test_the_page_survives_a_restart_of_the_service(page, fleet, file):
+    fleet.stop(signal.SIGTERM)
+    page.wait(PULSE, "stale")
+    page.wait(TEXTS, CELLS)
+    with Process(file, "--port", fleet.url.rpartition(":")[2]) as restarted:
+        restarted.request("/messages", faster(3, 7))
+        page.wait(f"{TEXTS}[0][3]", "2,507")
+        page.wait(PULSE, "live")
+        leave(page, expected="net::ERR_CONNECTION")
+
+
+def test_what_rockets_send_is_shown_as_text(page, fleet):
+    hostile = ["<img src=x onerror='hurt = 1'>", "<script>hurt = 1</script>", "toString", "\u200b"]
+    for first, name in enumerate(hostile, 4):
+        channel = f"{first}0000000-0000-4000-8000-000000000000"
+        fleet.request("/messages", launch(1, channel=channel, type=name, mission=name))
+        fleet.request("/messages", exploded(2, name, channel=channel))
+    page.wait(f"{TEXTS}.slice(3).map(cells => cells[1])", [*hostile[:3], "blank"])
+    page.click("#rows tr:nth-child(4)")
+    page.wait(f"{HISTORY_LINES}.map(cells => cells[1])",
+              [f"✖Exploded: {hostile[0]}", f"●Launched at 500 for {hostile[0]}"])
+    page.wait("document.querySelector('img, [onerror], tr script') ?? typeof hurt", "undefined")
+    page.wait("tell({type: 'toString', message: {}}).join()", "toString,")  # of a later version
+    with pytest.raises(RuntimeError, match="TrustedHTML"):
+        page.evaluate("document.body.insertAdjacentHTML('beforeend', '<b>')")
+    leave(page, expected="TrustedHTML")
+
+
+def test_the_list_is_saved_as_csv_that_runs_no_formula(page, fleet):
+    page.click("#as-csv")
+    saved, deadline = page.folder / "rockets.csv", time.monotonic() + 60
+    while not saved.exists():
+        assert time.monotonic() < deadline
+    with saved.open(encoding="utf-8-sig", newline="") as text:
+        found = list(csv.DictReader(text))
+    expected = fleet.request("/rockets")[1]["rockets"]
+    expected[2]["mission"] = "'=1+1"
+    assert found == [
+        {key: "" if value is None else str(value) for key, value in rocket.items()}
+        for rocket in expected
+    ]

@@ -1,0 +1,141 @@
+"""Browser drives one page of a headless Chromium over the DevTools protocol, for the tests.
+
+It talks over pipes (--remote-debugging-pipe): JSON with a NUL after each message, and no port.
+The methods are described at https://chromedevtools.github.io/devtools-protocol/.
+"""
+
+import base64
+import json
+import os
+import select
+import shutil
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+# Chrome first: where both are installed, it is the one whose sandbox is set up.
+NAMES = ("google-chrome", "google-chrome-stable", "chromium", "chromium-browser")
+OPTIONS = """--headless --remote-debugging-pipe --disable-gpu --disable-quic --disable-sync
+    --disable-background-networking --disable-component-update --disable-dev-shm-usage
+    --no-first-run --no-default-browser-check""".split()
+TIMEOUT = 60  # seconds for an answer or a condition; a busy machine may take some
+LOOK = 0.05  # seconds between two looks whether a condition is met
+KEYS = {" ": 32, "/": 191, "Escape": 27}  # codes of those that the page knows
+
+
+def find_chromium() -> str | None:
+    """Return the path of an installed Chromium or Chrome, or None."""
+    return next(filter(None, map(shutil.which, NAMES)), None)
+
+
+class Browser:
+    """A browser with one page; messages are what its console was told, exceptions included."""
+
+    def __init__(self, folder: Path):
+        """Name the folder for the profile, and for what is downloaded."""
+        self.folder, self.messages = folder, []
+        self.target: dict = {}  # goes with every message to the page
+        self.count, self.unread = 0, b""
+
+    def __enter__(self) -> "Browser":
+        read_end, self.pipe_in = os.pipe()
+        self.pipe_out, write_end = os.pipe()
+
+        def connect_pipes() -> None:  # it reads from 3 and writes to 4; 100 and 101 are free
+            for old, new in ((read_end, 100), (write_end, 101), (100, 3), (101, 4)):
+                os.dup2(old, new)
+
+        command = [find_chromium(), *OPTIONS, f"--user-data-dir={self.folder / 'profile'}"]
+        command += ["--no-sandbox"] * (os.geteuid() == 0)  # which root can't have
+        options = {"preexec_fn": connect_pipes, "pass_fds": (3, 4), "stderr": subprocess.DEVNULL}
+        self.popen = subprocess.Popen(command, **options)
+        os.close(read_end)
+        os.close(write_end)
+        target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        self.target = self.call("Target.attachToTarget", targetId=target, flatten=True)
+        for domain in ("Page", "Runtime", "Log"):
+            self.call(f"{domain}.enable")
+        self.call("Page.setDownloadBehavior", behavior="allow", downloadPath=str(self.folder))
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.popen.kill()
+        self.popen.wait()
+        os.close(self.pipe_in)
+        os.close(self.pipe_out)
+
+    def call(self, method: str, **params: Any) -> dict:
+        """Return the result of a method of the protocol. Raise RuntimeError if it fails."""
+        self.count += 1
+        body = {"id": self.count, "method": method, "params": params, **self.target}
+        os.write(self.pipe_in, json.dumps(body).encode() + b"\0")
+        while (answer := self.receive()).get("id") != self.count:
+            self.note(answer.get("method"), answer.get("params", {}))
+        if "error" in answer:
+            raise RuntimeError(f"{method}: {answer['error']['message']}")
+        return answer["result"]
+
+    def receive(self) -> dict:
+        while b"\0" not in self.unread:
+            ready = select.select([self.pipe_out], [], [], TIMEOUT)[0]
+            received = ready and os.read(self.pipe_out, 1 << 20)
+            if not received:
+                raise RuntimeError("the browser does not answer, or has ended")
+            self.unread += received
+        first, _, self.unread = self.unread.partition(b"\0")
+        return json.loads(first)
+
+    def note(self, event: str, params: dict) -> None:
+        if event == "Runtime.consoleAPICalled":
+            self.messages.append(json.dumps(params["args"]))
+        elif event == "Runtime.exceptionThrown":
+            self.messages.append(json.dumps(params["exceptionDetails"]))
+        elif event == "Log.entryAdded":  # violations of the page's policy, failed requests
+            self.messages.append(params["entry"]["text"])
+
+    def open(self, url: str) -> None:
+        self.call("Page.navigate", url=url)
+
+    def evaluate(self, expression: str) -> Any:
+        """Return the value of a JavaScript expression. Raise RuntimeError if it throws."""
+        options = {"returnByValue": True, "awaitPromise": True, "userGesture": True}
+        found = self.call("Runtime.evaluate", expression=expression, **options)
+        if "exceptionDetails" in found:
+            raise RuntimeError(found["exceptionDetails"]["exception"]["description"])
+        return found["result"].get("value")
+
+    def wait(self, expression: str, expected: Any = True) -> None:
+        """Wait until an expression has a value. Raise TimeoutError, which tells what it has."""
+        deadline = time.monotonic() + TIMEOUT
+        while True:
+            try:
+                value = self.evaluate(expression)
+            except RuntimeError as error:  # what the expression names is not there yet
+                value = error
+            if value == expected:
+                return
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{expression} is {value!r:.500}; console: {self.messages}")
+            time.sleep(LOOK)
+
+    def press(self, key: str) -> None:
+        names = {"key": key, "windowsVirtualKeyCode": KEYS[key]}
+        self.call("Input.dispatchKeyEvent", type="keyDown", text=key[:1], **names)
+        self.call("Input.dispatchKeyEvent", type="keyUp", **names)
+
+    def type(self, text: str) -> None:
+        self.call("Input.insertText", text=text)
+
+    def click(self, selector: str) -> None:
+        self.evaluate(f"document.querySelector({json.dumps(selector)}).click()")
+
+    def emulate(self, width: int, height: int, **features: str) -> None:
+        """Set the viewport, in CSS pixels, and media features, as prefers_color_scheme='dark'."""
+        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+        self.call("Emulation.setDeviceMetricsOverride", **size)
+        named = [{"name": name.replace("_", "-"), "value": features[name]} for name in features]
+        self.call("Emulation.setEmulatedMedia", features=named)
+
+    def screenshot(self, path: Path) -> None:
+        path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot")["data"]))
