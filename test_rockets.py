@@ -20,6 +20,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -29,7 +30,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
 from functools import partial
 from http.client import HTTPConnection, HTTPException, HTTPResponse
-from itertools import count, permutations
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import count, islice, permutations
 from pathlib import Path
 from urllib.parse import quote
 
@@ -37,6 +39,7 @@ import pytest
 from webtest import TestApp
 
 import rockets
+import tools.launch as launch_tool
 from tools.browser import Browser, find_chromium
 from tools.launch import Sender, http_request
 
@@ -2705,3 +2708,164 @@ def test_the_list_is_saved_as_csv_that_runs_no_formula(page, fleet):
         {key: "" if value is None else str(value) for key, value in rocket.items()}
         for rocket in expected
     ]
+
+
+# tools/launch.py ##################################################################################
+
+FIELDS = (
+    *("channel", "type", "speed", "mission", "status", "explosionReason"),
+    *("launchedAt", "updatedAt", "lastMessageNumber", "missingMessages"),
+)
+A_THOUSAND = ("--max-messages=1000", "--duplicates=0.2", "--reorder=100", "--seed=7")
+
+
+def run_launch(process, *options):
+    """Return the exit code, what the report says by its first words, and the lines after it."""
+    command = [sys.executable, launch_tool.__file__, f"{process.url}/messages", *options]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=60)
+    lines = done.stdout.splitlines()
+    return done.returncode, dict(line.split(maxsplit=1) for line in lines[:6]), lines[6:]
+
+
+def test_launch_sends_every_message_and_some_twice_and_finds_no_difference(tmp_path):
+    with Process(tmp_path / "rockets.db") as process:
+        code, report, compared = run_launch(process, *A_THOUSAND)
+        health = process.request("/health")[1]
+    assert (code, compared) == (0, ["20 rockets, 0 differences"])
+    assert (health["rockets"], health["messages"]) == (20, 1000)
+    copies = int(report["messages"].replace(",", "")) - 1000
+    assert 150 < copies < 250
+    assert report["duplicates"] == f"{copies} sent, {copies} answered as such"
+
+
+def test_launch_names_what_is_wrong_and_exits_1(tmp_path):
+    with Process(tmp_path / "rockets.db") as process:
+        run_launch(process, *A_THOUSAND)
+        with closing(sqlite3.connect(tmp_path / "rockets.db")) as connection, connection:
+            (channel,) = connection.execute("SELECT max(channel) FROM rockets").fetchone()
+            connection.execute("UPDATE rockets SET mission = 'X' WHERE channel = ?", (channel,))
+        code, report, compared = run_launch(process, *A_THOUSAND)
+    assert report["duplicates"].endswith(f"{report['messages']} answered as such")
+    assert code == 1
+    assert compared[0].startswith(f'{channel} mission is "X", not "')
+    assert compared[1:] == ["20 rockets, 1 differences"]
+
+
+def test_launch_takes_its_messages_from_its_seed(tmp_path):
+    def contents(seed):
+        return [message["message"] for message in islice(launch_tool.fly(seed), 100)]
+
+    assert contents(7) == contents(7) != contents(8)
+    with Process(tmp_path / "rockets.db") as process:
+        for seed in (7, 8, 8):
+            run_launch(process, f"--seed={seed}", "--max-messages=200")
+        assert process.request("/health")[1] == {"status": "ok", "rockets": 40, "messages": 400}
+
+
+def test_launch_flies_as_the_test_program_does():
+    flown = {}
+    for message in islice(launch_tool.fly(444), 100_000):
+        channel, number = (message["metadata"][key] for key in ("channel", "messageNumber"))
+        rocket = flown.get(channel, {"lastMessageNumber": 0, "status": "active"})
+        assert (number, rocket["status"]) == (rocket["lastMessageNumber"] + 1, "active")
+        launch_tool.fold(flown, message)
+        speed = flown[channel]["speed"]
+        assert speed >= 500 and speed % 500 == 0
+    statuses = Counter(rocket["status"] for rocket in flown.values())
+    assert statuses == {"active": 14, "exploded": 6}
+
+
+def test_launch_pauses_between_messages_and_compares_nothing_if_asked_to(tmp_path):
+    with Process(tmp_path / "rockets.db") as process:
+        options = ("--message-delay=20ms", "--max-messages=20", "--no-verify")
+        code, report, compared = run_launch(process, *options)
+    assert (code, compared) == (0, [])
+    assert float(report["seconds"]) >= 0.3
+
+
+def test_launch_sends_no_message_later_than_it_may():
+    bodies = [b"%d" % number for number in range(1000)]
+    sent = [int(body) for _, body in launch_tool.disorder(bodies, 7, reorder=50, duplicates=0)]
+    assert sorted(sent) == list(range(1000))
+    assert 25 < max(place - number for place, number in enumerate(sent)) <= 50
+    assert sent != [int(body) for _, body in launch_tool.disorder(bodies, 8, 50, 0)]
+
+
+def test_launch_compares_every_field():
+    flight = launch_tool.Flight(seed=7, messages=1000)
+    list(flight.bodies())
+    channel, rocket = max(flight.rockets.items())
+    assert not list(launch_tool.compare(flight.rockets, flight.rockets, departure=""))
+    assert list(launch_tool.compare({channel: rocket}, {}, "")) == [f"{channel} is missing"]
+    found = launch_tool.compare({channel: rocket}, {channel: dict.fromkeys(FIELDS, "X")}, "")
+    right = [(name, json.dumps(rocket[name])) for name in FIELDS]
+    assert set(found) == {f'{channel} {name} is "X", not {value}' for name, value in right}
+
+
+def test_launch_lets_times_of_an_earlier_flight_be():
+    flight = launch_tool.Flight(seed=7, messages=1000)
+    list(flight.bodies())
+    earlier = {channel: dict.fromkeys(FIELDS, "2022") for channel in flight.rockets}
+    found = list(launch_tool.compare(flight.rockets, earlier, flight.departure))
+    assert {line.split()[1] for line in found} == set(FIELDS) - {"launchedAt", "updatedAt"}
+
+
+class RefusingOnce(BaseHTTPRequestHandler):
+    """Answers with the status that the body asks for the first time, and with 202 from then on."""
+
+    seen = Counter()
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.seen[body] += 1
+        self.send_response(202 if self.seen[body] > 1 else int(body))
+        self.end_headers()
+
+
+def test_launch_sends_again_after_half_a_second_what_gets_no_2xx():
+    bodies, notices = [b"301", b"400", b"404", b"503"], []
+    with ThreadingHTTPServer(("127.0.0.1", 0), RefusingOnce) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        url = f"http://localhost:{server.server_port}/messages"  # ::1 first, where there is one
+        sender = launch_tool.Sender(url, concurrency=2, notice=notices.append)
+        took = sender.run(launch_tool.http_request("POST", url, body) for body in bodies)
+        server.shutdown()
+    assert RefusingOnce.seen == dict.fromkeys(bodies, 2)
+    assert took >= 0.5
+    assert "404 Not Found; trying again every 500 ms." in notices
+    assert (sender.retries.total(), len(sender.latencies)) == (4, 4)
+
+
+def test_launch_gives_up_an_answer_that_does_not_come(monkeypatch):
+    monkeypatch.setattr(launch_tool, "TIMEOUT", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/messages"
+        sender = launch_tool.Sender(url, notice=sys.exit)
+        with pytest.raises(SystemExit, match="No answer within 0.1 s; trying again every 500 ms"):
+            sender.run([launch_tool.http_request("POST", url, b"{}")])
+
+
+def test_launch_reads_all_pages(tmp_path):
+    store = rockets.Store(str(tmp_path / "rockets.db"))
+    with store.transaction():
+        for number in range(10_001):
+            body = launch(channel=str(uuid.UUID(int=number)))
+            store.apply(rockets.parse_message(json.dumps(body).encode()))
+    store.close()
+    with Process(tmp_path / "rockets.db") as process:
+        assert len(launch_tool.read_rockets(f"{process.url}/messages")) == 10_001
+
+
+@pytest.mark.parametrize(
+    ("link", "target"),
+    [
+        ('</rockets?limit=2&offset=2>; rel="next"', "/rockets?limit=2&offset=2"),
+        ('</a>; rel="prev", </b,c>; title=d; rel=next', "/b,c"),
+        ('</a>; rel="last Next"', "/a"),
+        ('</a>; rel="next-to-last"', None),
+        ("", None),
+    ],
+    ids=["one", "second", "two relations", "another relation", "none"],
+)
+def test_launch_follows_the_link_to_the_next_page(link, target):
+    assert launch_tool.next_page(link) == target
