@@ -559,6 +559,7 @@ def show_progress(items: Iterable, count: int) -> Iterator:
 
 OUTCOMES = ("applied", "duplicate", "conflicting", "rejected", "failed")  # of a message
 BUCKETS = "0.001 0.0025 0.005 0.01 0.025 0.05 0.1 0.25 0.5 1 2.5 5 +Inf".split()  # seconds
+TITLES = HTTP_CODES | {413: "Content Too Large"}  # as RFC 9110 has it; Python before 3.13 has not
 JSON, PROBLEM = "application/json", "application/problem+json"
 HTML, METRICS = "text/html; charset=utf-8", "text/plain; version=0.0.4; charset=utf-8"
 BASE_HEADERS = {"X-Content-Type-Options": "nosniff"}  # keeps browsers from taking JSON for a page
@@ -611,7 +612,7 @@ def failures_are_503(handler: Callable) -> Callable:
 
 
 def render(status: int, detail: str) -> str:
-    return json.dumps({"title": HTTP_CODES[status], "status": status, "detail": detail}) + "\n"
+    return json.dumps({"title": TITLES[status], "status": status, "detail": detail}) + "\n"
 
 
 def problem(error: HTTPError) -> str:
@@ -890,7 +891,7 @@ class Connection(HTTPChannel):
         first = self.requests[0]
         if first.error:
             status, detail = first.error.code, first.error.body
-            title = f"{status} {HTTP_CODES[status]}"
+            title = f"{status} {TITLES[status]}"
             headers = [*BASE_HEADERS.items(), ("Content-Type", PROBLEM)]
             body = render(status, TOO_LARGE if status == 413 else detail).encode()
         else:

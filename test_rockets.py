@@ -496,7 +496,7 @@ def test_bad_input_is_named_and_changes_nothing(app, file, path):
 
 
 def test_a_body_of_64_kib_is_taken_and_a_longer_one_refused(app, file):
-    title, detail = "Request Entity Too Large", "the body must be at most 65536 bytes long"
+    title, detail = "Content Too Large", "the body must be at most 65536 bytes long"
     answer = post(app, VALID.ljust(64 * 1024 + 1), status=413)
     assert answer.json == {"title": title, "status": 413, "detail": detail}
     assert dump(file) == [[], []]
