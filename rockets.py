@@ -239,10 +239,11 @@ UUID = (
 )
 HOUR = r"(?:[01]\d|2[0-3]):[0-5]\d"
 RFC_3339 = rf"(?i)(\d{{4}}-\d\d-\d\d)T({HOUR}):([0-5]\d)(\.\d+)?(Z|[+-]{HOUR})"
-TIME = "an RFC 3339 time with an offset and no leap second, such as 2022-02-02T19:39:05+01:00"
-ANY = text("a text of at most 256 characters", r"(?s).*")
+TIME_WORDS = "an RFC 3339 time with an offset and no leap second, such as 2022-02-02T19:39:05+01:00"
+ANY = text(f"a text of at most {MAX_TEXT} characters", r"(?s).*")
 OBJECT = Rule("an object", lambda value: value if type(value) is dict else None)
-NAME = text("a text of 1 to 256 characters, no NUL, no lone surrogate", r"[^\0\ud800-\udfff]+")
+NAME_WORDS = f"a text of 1 to {MAX_TEXT} characters, no NUL, no lone surrogate"
+NAME = text(NAME_WORDS, r"[^\0\ud800-\udfff]+")
 SPEED = whole(0, MAX_SPEED)
 MESSAGE_TYPES = {
     "RocketLaunched": {"type": NAME, "launchSpeed": SPEED, "mission": NAME},
@@ -257,7 +258,7 @@ CHANNEL = {"channel": text("a UUID", UUID, read_uuid)}
 ENVELOPE = {"metadata": OBJECT, "message": OBJECT}
 METADATA = CHANNEL | {
     "messageNumber": whole(1, MAX_NUMBER),
-    "messageTime": text(TIME, RFC_3339, read_time),
+    "messageTime": text(TIME_WORDS, RFC_3339, read_time),
     "messageType": one_of(MESSAGE_TYPES),
 }
 LIST_QUERY = {
@@ -436,7 +437,7 @@ class Store:
         try:
             inspect(path)
             self.connection = connect(path, "mode=rwc")
-            check(self.connection)
+            check(self.connection)  # also what SQLite has just rolled back, unseen by inspect()
             self.connection.execute("PRAGMA journal_mode = WAL")  # others may read meanwhile
             self.prepare()
             self.read(COUNT_ALL)  # finds damage inside
