@@ -119,6 +119,15 @@ class Browser:
                 raise TimeoutError(f"{expression} is {value!r:.500}; console: {self.messages}")
             time.sleep(LOOK)
 
+    def saved(self, name: str) -> Path:
+        """Wait for a file that the page saves; return where. Raise TimeoutError."""
+        path, deadline = self.folder / name, time.monotonic() + TIMEOUT
+        while not path.exists() or not path.stat().st_size:  # an empty one keeps its name free
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{name} was not saved; console: {self.messages}")
+            time.sleep(LOOK)
+        return path
+
     def press(self, key: str) -> None:
         names = {"key": key, "windowsVirtualKeyCode": KEYS[key]}
         self.call("Input.dispatchKeyEvent", type="keyDown", text=key[:1], **names)
