@@ -68,6 +68,7 @@ CHANNEL_TIMEOUT = 120  # seconds in which a client neither sends nor reads anyth
 IDLE = 0.2  # seconds until a signal to stop is noticed while nothing comes
 GRACE_PERIOD = 4  # seconds after a signal to stop in which requests under way are answered
 BUSY_TIMEOUT = 4  # seconds that a start waits for another process's lock; requests don't
+TIME_STEP = 2 * 10**9  # nanoseconds; on some file systems, changes within them have one time
 FAILURE_SHOWN = 30  # seconds that /health tells of a failed write, unless another succeeds
 
 log = logging.getLogger("rockets")
@@ -432,8 +433,10 @@ class Store:
         """Open or create the file. Raise OSError, and leave the file as it was, if that fails."""
         self.callbacks: list[Callable[[], None]] | None = None  # None: no transaction under way
         self.files: dict[str, os.stat_result] = {}
+        self.folder_changed = 0  # when, if the files were looked at since; nanoseconds
         self.commits = 0
         path = os.path.realpath(path)  # SQLite makes its files beside the target of a link
+        self.folder = os.path.dirname(path)
         try:
             inspect(path)
             self.connection = connect(path, "mode=rwc")
@@ -503,10 +506,19 @@ class Store:
             self.callbacks.append(callback)
 
     def verify(self) -> None:
-        """Raise OSError unless the files are those that were opened, lest a deleted one be used."""
+        """Raise OSError unless the files are those that were opened, lest a deleted one be used.
+
+        They are looked at only if their folder has changed: after each look at a file, Linux has to
+        note when it is written next (multigrain timestamps, 6.13), which costs a commit 7 %.
+        """
+        changed = os.stat(self.folder).st_ctime_ns
+        if changed == self.folder_changed:
+            return
         for name, opened in self.files.items():
             if not os.path.samestat(os.stat(name), opened):
                 raise OSError(f"another file has the name {name}")
+        if changed < time.time_ns() - TIME_STEP:
+            self.folder_changed = changed
 
     def apply(self, message: dict) -> str:
         """Count and keep a message; return 'applied', 'duplicate' or 'conflicting'."""

@@ -2150,8 +2150,10 @@ def test_a_failing_disk_loses_nothing_acknowledged_and_counts_nothing_twice(file
 
 @pytest.mark.parametrize("suffix", ["", "-wal"])
 @pytest.mark.parametrize("is_replaced", [False, True], ids=["moved", "replaced"])
-def test_a_database_that_is_gone_is_a_503_until_it_is_back(file, is_replaced, suffix):
-    with Process(file) as process:
+@pytest.mark.parametrize("is_old", [False, True], ids=["new", "old"])
+def test_a_database_that_is_gone_is_a_503_until_it_is_back(file, is_old, is_replaced, suffix):
+    program = changed("import rockets; rockets.TIME_STEP = 0") if is_old else (SERVICE,)
+    with Process(file, program=program) as process:
         process.request("/messages", launch())
         gone, aside = Path(f"{file}{suffix}"), file.with_name("aside")
         gone.rename(aside)
@@ -2167,6 +2169,16 @@ def test_a_database_that_is_gone_is_a_503_until_it_is_back(file, is_replaced, su
         assert process.request(f"/rockets/{CHANNEL}") == (200, rocket)
         assert process.request("/health")[0] == 200
         assert faults(process) == ["can't be stored", "are stored again"]
+
+
+def test_the_files_are_looked_at_as_long_as_another_change_could_have_the_same_time(
+    file, monkeypatch
+):
+    with closing(rockets.Store(file)) as store:
+        assert store.folder_changed == 0
+        monkeypatch.setattr(rockets, "TIME_STEP", 0)
+        store.verify()
+        assert store.folder_changed == file.parent.stat().st_ctime_ns
 
 
 # Stopping #########################################################################################
