@@ -5,8 +5,8 @@
     python tools/bench.py --peers PYTHON   beside FastAPI and Flask, as that Python runs them
     python tools/bench.py --only post run  some rows of a table
 
-What is compared runs in turn, A B A B, and a ratio is the median of the pairs' ratios, as times on
-a shared machine move. "waitress as it comes" is waitress.serve() around handlers that do nothing.
+What is compared runs in turn, A B A B, in slices of a run, and a ratio is the median of the runs'
+ratios, as times on a shared machine move. "waitress as it comes" is waitress.serve() around handlers that do nothing.
 Each request is a new connection, except where a row says otherwise. All files are in a folder of
 their own, removed in the end. Needs Linux.
 """
@@ -32,7 +32,7 @@ from datetime import date
 from functools import partial
 from itertools import count, islice, repeat
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 
 import launch
 
@@ -40,10 +40,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 SEED = 444  # of the messages that are posted
 FLEET_SEED = 445  # of other rockets, which are there before
-POSTS = 4000  # in one run, some seconds' worth
-GETS = 3000  # of one rocket, or answered with 304, in one run
+SLICES = 8  # in one run, which takes some seconds; whatever else the machine does meets all alike
+POSTS = 500  # in one slice
+GETS = 400  # of one rocket, or answered with 304, in one slice
 FEW, MANY = 20, 10_000  # rockets
-LISTS = {FEW: 1000, 1000: 200, MANY: 40}  # rockets, and GETs of all of them in one run
+LISTS = {FEW: 125, 1000: 25, MANY: 5}  # rockets, and GETs of all of them in one slice
 READS = 200  # of a list whose 99th percentile is told
 BESIDE = 1000  # messages while a list is read
 APPLIED = 2000  # messages to find the cost of one
@@ -342,9 +343,12 @@ class Bench:
     def compare(
         self, what: str, unit: str, servers: list[Server], measure: Callable, *arguments: object
     ) -> Iterator[Row]:
-        """Measure the servers in turn; the first round warms up and doesn't count."""
-        rounds = [[measure(one, *arguments) for one in servers] for _ in range(self.pairs + 1)]
-        ours, *others = zip(*rounds[1:], strict=True)
+        """Measure the servers in turn; the first run warms up and doesn't count."""
+        runs = []
+        for _ in range(self.pairs + 1):
+            slices = [[measure(one, *arguments) for one in servers] for _ in range(SLICES)]
+            runs.append([fmean(figures) for figures in zip(*slices, strict=True)])
+        ours, *others = zip(*runs[1:], strict=True)
         for name, theirs in zip(self.opponents, others, strict=True):
             ratios = sorted(our / their for our, their in zip(ours, theirs, strict=True))
             times = f"{median(ratios):.2f} times ({ratios[0]:.2f} to {ratios[-1]:.2f})"
