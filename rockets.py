@@ -40,7 +40,7 @@ from bottle import HTTP_CODES, Bottle, HTTPError, HTTPResponse, request, respons
 from waitress import create_server, wasyncore
 from waitress.channel import HTTPChannel
 from waitress.parser import HTTPRequestParser, ParsingError, TransferEncodingNotImplemented
-from waitress.task import ErrorTask, WSGITask
+from waitress.task import Task, WSGITask
 from waitress.utilities import BadRequest, RequestEntityTooLarge
 
 try:
@@ -68,7 +68,7 @@ CHANNEL_TIMEOUT = 120  # seconds in which a client neither sends nor reads anyth
 IDLE = 0.2  # seconds until a signal to stop is noticed while nothing comes
 GRACE_PERIOD = 4  # seconds after a signal to stop in which requests under way are answered
 BUSY_TIMEOUT = 4  # seconds that a start waits for another process's lock; requests don't
-TIME_STEP = 2 * 10**9  # nanoseconds; on some file systems, changes within them have one time
+CLOCK_STEP = 2 * 10**9  # nanoseconds; the coarsest file system has one time for all within it
 FAILURE_SHOWN = 30  # seconds that /health tells of a failed write, unless another succeeds
 
 log = logging.getLogger("rockets")
@@ -220,7 +220,7 @@ def digits_up_to(highest: int) -> Rule:
 
 
 def read_uuid(match: re.Match) -> str:
-    return "-".join(match.group(2, 4, 5, 6, 7)).lower()
+    return "-".join(match.group(2, 4, 5, 6, 7)).lower()  # 1 and 3 of UUID are brace and hyphen
 
 
 def read_time(match: re.Match) -> tuple[str, str] | None:
@@ -296,7 +296,7 @@ def read_number(digits: str) -> int | float:
 
 def depth(body: bytes) -> int:
     """Return how many objects and arrays lie within each other; brackets in texts don't count."""
-    brackets = re.findall(rb"[][{}]", re.sub(rb'(?s)"(?:[^"\\]|\\.)*"?', b"", body))
+    brackets = re.findall(rb"[\[\]{}]", re.sub(rb'(?s)"(?:[^"\\]|\\.)*"?', b"", body))
     return max(accumulate(1 if bracket in b"[{" else -1 for bracket in brackets), default=0)
 
 
@@ -357,7 +357,7 @@ def connect(path: str, options: str) -> sqlite3.Connection:
     uri = f"{Path(path).as_uri()}?{options}"
     connection = sqlite3.connect(uri, timeout=BUSY_TIMEOUT, isolation_level=None, uri=True)
     connection.text_factory = bytes  # the JSON that SQLite builds goes out as it is
-    connection.create_function("contains", -1, contains, deterministic=True)
+    connection.create_function("contains", -1, contains)
     connection.execute("PRAGMA temp_store = MEMORY")  # for sorting, as the disk may be full
     connection.execute("PRAGMA synchronous = FULL")  # NORMAL may lose the last commits
     connection.execute("PRAGMA fullfsync = ON")  # on macOS, empty the drive's cache, too
@@ -375,7 +375,7 @@ def has_table(connection: sqlite3.Connection, statement: str) -> bool | None:
 
 
 def inspect(path: str) -> None:
-    """Raise OSError or sqlite3.Error, and change nothing, unless the file can be the database."""
+    """Raise OSError or sqlite3.Error unless the file can be the database; leave it as it is."""
     folder, wal = os.path.dirname(path), f"{path}-wal"
     if not os.access(folder, os.W_OK):
         why = "may not be written" if os.path.isdir(folder) else "does not exist"
@@ -386,13 +386,13 @@ def inspect(path: str) -> None:
     if wal_size and not size:
         raise OSError(f"it is gone, but {wal} is there")  # which SQLite would delete
     journal = Path(f"{path}-journal")
-    is_hot = journal.exists() and journal.read_bytes()[:1] > b"\0"  # SQLite will roll it back
-    if not size or (size <= 4096 and is_hot):  # new, or a first start that was cut short
+    is_hot = journal.exists() and journal.read_bytes()[:1] > b"\0"  # neither empty nor zeroed
+    if not size or (size <= 4096 and is_hot):  # new, or cut short while its first page was written
         return
-    # immutable, as even a reader of a WAL database would make files beside it
+    # immutable makes no files beside the database, but does not read its log either
     with closing(connect(path, "mode=ro" if wal_size else "immutable=1")) as connection:
         check(connection)
-        with open(path, "rb") as file:  # the id in the file itself (sqlite.org/fileformat2.html)
+        with open(path, "rb") as file:  # its random id (sqlite.org/fileformat2.html), see prepare()
             own_id = int.from_bytes(file.read(72)[68:], "big")
         ((id_with_wal,),) = connection.execute("PRAGMA application_id")
         if wal_size and (own_id not in (0, id_with_wal) or not is_sound(connection)):
@@ -433,7 +433,7 @@ class Store:
         """Open or create the file. Raise OSError, and leave the file as it was, if that fails."""
         self.callbacks: list[Callable[[], None]] | None = None  # None: no transaction under way
         self.files: dict[str, os.stat_result] = {}
-        self.folder_changed = 0  # when, if the files were looked at since; nanoseconds
+        self.folder_ctime = 0  # of the folder when the files were last found in place; nanoseconds
         self.commits = 0
         path = os.path.realpath(path)  # SQLite makes its files beside the target of a link
         self.folder = os.path.dirname(path)
@@ -457,9 +457,9 @@ class Store:
             return
         began = time.monotonic()
         with self.transaction():
-            self.connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")  # waits for a lock
-            if not has_table(self.connection, MESSAGES_TABLE):
-                own_id = int.from_bytes(os.urandom(3), "big")  # tells another's WAL apart
+            self.connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")  # takes the lock
+            if has_table(self.connection, MESSAGES_TABLE) is None:
+                own_id = int.from_bytes(os.urandom(3), "big")  # tells inspect() whose a log is
                 self.connection.execute(f"PRAGMA application_id = {own_id}")
                 self.connection.execute(MESSAGES_TABLE)
             self.connection.execute("DROP TABLE IF EXISTS rockets")
@@ -499,7 +499,10 @@ class Store:
             callback()
 
     def on_commit(self, callback: Callable[[], None]) -> None:
-        """Call back once the transaction under way is committed; at once if there is none."""
+        """Call back once the transaction under way is committed, never if that fails.
+
+        At once if there is none, as when a request is asked about by itself.
+        """
         if self.callbacks is None:
             callback()
         else:
@@ -511,14 +514,14 @@ class Store:
         They are looked at only if their folder has changed: after each look at a file, Linux has to
         note when it is written next (multigrain timestamps, 6.13), which costs a commit 7 %.
         """
-        changed = os.stat(self.folder).st_ctime_ns
-        if changed == self.folder_changed:
+        ctime = os.stat(self.folder).st_ctime_ns
+        if ctime == self.folder_ctime:
             return
         for name, opened in self.files.items():
             if not os.path.samestat(os.stat(name), opened):
                 raise OSError(f"another file has the name {name}")
-        if changed < time.time_ns() - TIME_STEP:
-            self.folder_changed = changed
+        if ctime < time.time_ns() - CLOCK_STEP:  # else the next change may have the same time
+            self.folder_ctime = ctime
 
     def apply(self, message: dict) -> str:
         """Count and keep a message; return 'applied', 'duplicate' or 'conflicting'."""
@@ -632,7 +635,7 @@ def problem(error: HTTPError) -> str:
     """Render an error as RFC 9457 asks; answer OPTIONS, which is no error but has no route."""
     status, detail = error.status_code, error.body
     allow = response.headers.get("Allow", "").replace("GET", "GET,HEAD")
-    is_public = request.method != "POST" and allow != "POST"
+    is_public = "POST" not in (request.method, allow)  # to post is for our own pages
     response.headers.update(PUBLIC_HEADERS if is_public else BASE_HEADERS)
     response.headers["Content-Type"] = PROBLEM
     if status == 405:
@@ -657,7 +660,7 @@ def check_headers() -> None:
     """Raise HTTPError for a POST by a page of another site, or with a body that is not for us."""
     header = request.environ.get
     site, origin = header("HTTP_SEC_FETCH_SITE"), header("HTTP_ORIGIN")
-    if site is None and origin:  # over plain HTTP, browsers tell the site to localhost only
+    if site is None and origin:  # over plain HTTP, browsers send Sec-Fetch-Site to localhost only
         own = origin.partition("://")[2] == header("HTTP_HOST")
         site = "same-origin" if own else "cross-site"
     if site in ("cross-site", "same-site"):
@@ -669,7 +672,7 @@ def check_headers() -> None:
 
 
 def getter(make: Callable, kind: str = JSON, tag: Callable[[], str] = str) -> Callable:
-    """Return a handler that answers a GET with what make() returns; nothing is a 404.
+    """Return a handler that answers a GET with what make() returns, or a 404 if that is empty.
 
     If the client holds the tag, the answer is a 304 (RFC 9110, 13.1.2) without a call of make().
     """
@@ -734,7 +737,7 @@ class Api:
     def get_rockets(self) -> bytes:
         given = read_query(LIST_QUERY)
         query = dict.fromkeys(LIST_QUERY) | LIST_DEFAULTS | given
-        sort, order, limit, offset = (query[name] for name in LIST_DEFAULTS)
+        sort, order, limit, offset = map(query.get, ("sort", "order", "limit", "offset"))
         rockets = self.store.read_json(SELECT_ROCKETS[sort, order], **query)
         count = len(rockets)
         total = end = offset + count
@@ -795,8 +798,8 @@ def create_app(store: Store) -> Bottle:
     app.get("/metrics", callback=getter(api.get_metrics, METRICS))
     for path, file, kind in ("/", "dashboard.html", HTML), ("/openapi.json", "openapi.json", JSON):
         page = (STATIC / file).read_bytes().rstrip()
-        tag = f'"{zlib.crc32(page)}"'  # below, bytes(page) and str(tag) give them back each time
-        app.get(path, callback=getter(partial(bytes, page), kind, partial(str, tag)))
+        tag = f'"{zlib.crc32(page)}"'
+        app.get(path, callback=getter(lambda page=page: page, kind, lambda tag=tag: tag))
     return app
 
 
@@ -813,8 +816,8 @@ WAITRESS = {
 }
 NO_HTTP = "this is neither HTTP/1.0 nor HTTP/1.1"
 REQUEST_LINE = re.compile(rb"[!-~]+ [!-~\x80-\xff]+ HTTP/1\.[01]\r\n")
-REQUEST_LINE_SO_FAR = re.compile(rb"[!-~]*( [!-~\x80-\xff]*( [HTP/1.0]{0,8}\r?)?)?")
-CODINGS = re.compile(rb"(?m)^transfer-encoding:(.*)\r$")
+REQUEST_LINE_SO_FAR = re.compile(rb"[!-~]*( [!-~\x80-\xff]*( [HTP/1.0]{0,8}\r?)?)?")  # roughly
+CODINGS = re.compile(rb"(?m)^transfer-encoding:(.*)\r$")  # waitress drops it from the headers
 
 
 class Request(HTTPRequestParser):
@@ -826,9 +829,9 @@ class Request(HTTPRequestParser):
             head = self.header_plus.lstrip(b"\r\n")
             if not (REQUEST_LINE.match(head) or REQUEST_LINE_SO_FAR.fullmatch(head)):
                 self.error, self.completed = BadRequest(NO_HTTP), True  # a TLS greeting, say
-        if self.expect_continue and self.content_length > MAX_BODY:
-            self.error, self.completed = RequestEntityTooLarge(""), True
-        self.expect_continue &= not self.completed  # no 100 for what has its answer
+        if self.expect_continue and self.content_length > MAX_BODY:  # a 413 in place of the 100
+            self.error, self.completed = RequestEntityTooLarge(TOO_LARGE), True
+        self.expect_continue &= not self.completed  # to send a 100, waitress resets completed
         return consumed
 
     def parse_header(self, header_plus: bytes) -> None:
@@ -838,12 +841,12 @@ class Request(HTTPRequestParser):
             raise ParsingError("a header must not be folded (RFC 9112, 5.2)")
         try:
             super().parse_header(header_plus)
-        except (ValueError, TransferEncodingNotImplemented) as error:  # a number that can't be, say
+        except (ValueError, TransferEncodingNotImplemented) as error:  # waitress: no answer, a 501
             raise ParsingError(str(error)) from error
         headers, is_old = self.headers, self.version == "1.0"
         host = headers.get("HOST")
         codings = [coding.strip(b" \t") for coding in CODINGS.findall(header_plus.lower())]
-        if (host is None and not is_old) or re.search(r"[\s,/?#@]", host or ""):  # a, b: two Hosts
+        if (host is None and not is_old) or re.search(r"[\s,/?#@]", host or ""):  # "a, b" if two
             raise ParsingError("there must be exactly one Host (RFC 9112, 3.2)")
         if codings and (is_old or codings != [b"chunked"] or "CONTENT_LENGTH" in headers):
             raise ParsingError("this is no way to frame a body (RFC 9112, 6.1)")
@@ -853,7 +856,7 @@ class Request(HTTPRequestParser):
             headers["CONNECTION"] = min(known, default="")  # close, where both are there
 
 
-class AnswerTask(ErrorTask):
+class AnswerTask(Task):
     """Sends the answer that its connection holds."""
 
     def execute(self) -> None:
@@ -868,12 +871,13 @@ class AnswerTask(ErrorTask):
         self.channel.write_soon(head + body)  # in one packet, if it fits
 
     def set_close_on_finish(self) -> None:
-        """Close after the answer, but not just because it has no body, as waitress would."""
+        """Close after the answer, but not where waitress asks for it as there is no body."""
         option = self.request.headers.get("CONNECTION", "").lower()
-        if self.has_body or option == "close" or (self.version == "1.0" and not option):
+        stays_open = option == "keep-alive" if self.version == "1.0" else option != "close"
+        if self.has_body or not stays_open:
             super().set_close_on_finish()
         elif self.version == "1.0":
-            self.response_headers.append(("Connection", "Keep-Alive"))
+            self.response_headers.append(("Connection", "Keep-Alive"))  # as if there were a body
 
 
 class Connection(HTTPChannel):
@@ -886,7 +890,7 @@ class Connection(HTTPChannel):
     def add_channel(self, map: dict | None = None) -> None:
         """Be counted as a new connection; waitress calls this."""
         super().add_channel(map)
-        self.server.task_dispatcher.accepted += 1  # our Server
+        self.server.task_dispatcher.accepted += 1  # the listener's dispatcher is our Server
 
     def is_ready(self) -> bool:
         """Tell whether the answer before is sent, or there is nobody to read it."""
@@ -1010,7 +1014,7 @@ def listen(host: str, port: int) -> list[socket.socket]:
             sockets.append(socket.create_server((address, port), family=family))
         except (OSError, UnicodeError) as error:
             if not sockets or error.errno == errno.EADDRINUSE:  # else there is no IPv6 here
-                why = getattr(error, "strerror", str(error)).partition(" (")[0]
+                why = getattr(error, "strerror", str(error)).partition(" (")[0]  # (while ...)
                 raise OSError(f"cannot listen on {address} port {port}: {why}") from error
         port = sockets[0].getsockname()[1]  # the same for both, also where the system chose it
     return sockets
@@ -1023,7 +1027,7 @@ def connection_limit() -> int:
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         others = OTHER_FILES + len(os.listdir("/dev/fd"))
         needed = MAX_CONNECTIONS + others
-        if 0 <= soft < needed:  # no limit is a number below 0
+        if 0 <= soft < needed:  # "unlimited" is -1
             soft = needed if hard < 0 else min(needed, hard)
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
             limit = soft - others
