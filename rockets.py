@@ -167,21 +167,22 @@ SORT_KEYS = {name: name for name in ("channel", "type", "speed", "mission", "sta
 SORT_KEYS |= {"launchedAt": "launched_utc", "updatedAt": "updated_utc"}
 SORT_KEYS |= {"lastMessageNumber": "last_number"}
 
-SELECT_ROCKET = "SELECT json FROM rockets WHERE channel = :channel"
+# What goes out as it is, is a BLOB, lest it be decoded.
+SELECT_ROCKET = "SELECT CAST(json AS BLOB) FROM rockets WHERE channel = :channel"
 MATCHING = """
 FROM rockets WHERE (:status ISNULL OR status = :status) AND (:type ISNULL OR type = :type)
     AND (:mission ISNULL OR mission = :mission)
     AND (:q ISNULL OR contains(:q, channel, type, mission))"""
 COUNT_MATCHING = f"SELECT count(*) {MATCHING}"
 SELECT_ROCKETS = {  # for each of SORT_KEYS and ORDERS; nothing in it comes from a request
-    (sort, order): f"""SELECT json {MATCHING}
+    (sort, order): f"""SELECT CAST(json AS BLOB) {MATCHING}
 ORDER BY {column} {order} NULLS LAST, channel LIMIT :limit OFFSET :offset"""
     for sort, column in SORT_KEYS.items()
     for order in ORDERS
 }
 SELECT_HISTORY = """
-SELECT json_object('metadata', json_object('channel', channel, 'messageNumber', number,
-    'messageTime', time, 'messageType', type), 'message', json(message))
+SELECT CAST(json_object('metadata', json_object('channel', channel, 'messageNumber', number,
+    'messageTime', time, 'messageType', type), 'message', json(message)) AS BLOB)
 FROM messages WHERE channel = :channel AND number > :after ORDER BY number LIMIT :limit"""
 COUNT_ALL = "SELECT count(*), ifnull(sum(messages), 0) FROM rockets"
 COUNT_BY_STATUS = "SELECT status, count(*) FROM rockets GROUP BY status"
@@ -333,14 +334,14 @@ def parse_message(body: bytes) -> dict:
     return NO_FIELDS | fields | metadata | derived
 
 
-def parse_logged(row: tuple[bytes, int, bytes, bytes, bytes]) -> dict:
+def parse_logged(row: tuple[str, int, str, str, str]) -> dict:
     """Turn an entry of the log into the parameters of UPSERT."""
-    channel, number, sent, kind, content = row
-    kind, content = kind.decode(), decode(content.decode())
+    channel, number, sent, kind, message = row
+    content = decode(message)
     fields = {name: content[name] for name in MESSAGE_TYPES[kind]}
-    sent = sent.decode().replace(":60", ":59")  # an earlier version took leap seconds
+    sent = sent.replace(":60", ":59")  # an earlier version took leap seconds
     served, utc = METADATA["messageTime"].read(sent)
-    metadata = {"channel": channel.decode(), "messageNumber": number, "messageType": kind}
+    metadata = {"channel": channel, "messageNumber": number, "messageType": kind}
     return NO_FIELDS | fields | metadata | {"messageTime": served, "utc": utc}
 
 
@@ -356,7 +357,6 @@ def connect(path: str, options: str) -> sqlite3.Connection:
     """Open a connection, with options of sqlite.org/uri.html."""
     uri = f"{Path(path).as_uri()}?{options}"
     connection = sqlite3.connect(uri, timeout=BUSY_TIMEOUT, isolation_level=None, uri=True)
-    connection.text_factory = bytes  # the JSON that SQLite builds goes out as it is
     connection.create_function("contains", -1, contains)
     connection.execute("PRAGMA temp_store = MEMORY")  # for sorting, as the disk may be full
     connection.execute("PRAGMA synchronous = FULL")  # NORMAL may lose the last commits
@@ -371,7 +371,7 @@ def has_table(connection: sqlite3.Connection, statement: str) -> bool | None:
     found = connection.execute("SELECT sql FROM sqlite_master WHERE name = ?", [name]).fetchone()
     if found is None:
         return None
-    return found[0].decode().split() == statement.split()
+    return found[0].split() == statement.split()
 
 
 def inspect(path: str) -> None:
@@ -414,7 +414,7 @@ def check(connection: sqlite3.Connection) -> None:
 def is_sound(connection: sqlite3.Connection) -> bool:
     """Tell whether SQLite finds no damage, and the rockets agree with the log of messages."""
     try:
-        if connection.execute("PRAGMA quick_check(1)").fetchone() != (b"ok",):
+        if connection.execute("PRAGMA quick_check(1)").fetchone() != ("ok",):
             return False
         if not has_table(connection, ROCKETS_TABLE):
             return True  # they will be rebuilt
@@ -769,7 +769,7 @@ class Api:
         return dump({"status": "ok", "rockets": rockets, "messages": messages}).encode()
 
     def get_metrics(self) -> bytes:
-        fleet = {status.decode(): count for status, count in self.store.read(COUNT_BY_STATUS)}
+        fleet = dict(self.store.read(COUNT_BY_STATUS))
         buckets = dict(zip(BUCKETS, accumulate(self.outcomes.durations), strict=True))
         values = {
             "messages": samples("rockets_messages_total", "outcome", self.outcomes.counts),

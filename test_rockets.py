@@ -1978,7 +1978,7 @@ def test_every_commit_is_synced_to_the_disk_itself(file):
     pragmas = ("journal_mode", "synchronous", "fullfsync", "checkpoint_fullfsync")
     found = [store.connection.execute(f"PRAGMA {name}").fetchone()[0] for name in pragmas]
     store.close()
-    assert found == [b"wal", 2, 1, 1]
+    assert found == ["wal", 2, 1, 1]
 
 
 def counts(process):
