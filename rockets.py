@@ -220,8 +220,16 @@ def digits_up_to(highest: int) -> Rule:
     return text(limit.words, "[0-9]{1,16}", lambda match: limit.read(int(match[0])))
 
 
+UUID = (
+    r"(?i)(?:urn:uuid:)?(\{)?([0-9a-f]{8})(-?)([0-9a-f]{4})\3([0-9a-f]{4})\3([0-9a-f]{4})\3"
+    r"([0-9a-f]{12})(?(1)\})"
+)
+HOUR = r"(?:[01]\d|2[0-3]):[0-5]\d"
+RFC_3339 = rf"(?i)(\d{{4}}-\d\d-\d\d)T({HOUR}):([0-5]\d)(\.\d+)?(Z|[+-]{HOUR})"
+
+
 def read_uuid(match: re.Match) -> str:
-    return "-".join(match.group(2, 4, 5, 6, 7)).lower()  # 1 and 3 of UUID are brace and hyphen
+    return "-".join(match.group(2, 4, 5, 6, 7)).lower()  # without brace and hyphen
 
 
 def read_time(match: re.Match) -> tuple[str, str] | None:
@@ -229,18 +237,12 @@ def read_time(match: re.Match) -> tuple[str, str] | None:
     date, clock, second, fraction, offset = match.groups("")
     try:
         instant = datetime.fromisoformat(f"{date}T{clock}{offset.upper()}")
-        utc = instant.astimezone(timezone.utc).isoformat()[:16]
+        utc = instant.astimezone(timezone.utc).isoformat()[:16]  # to the minute
     except (ValueError, OverflowError):  # no such day, or outside of the years 1 to 9999
         return None
     return match[0].upper(), f"{utc}:{second}{fraction.rstrip('0.')}"  # datetime cuts at six digits
 
 
-UUID = (
-    r"(?i)(?:urn:uuid:)?(\{)?([0-9a-f]{8})(-?)([0-9a-f]{4})\3([0-9a-f]{4})\3([0-9a-f]{4})\3"
-    r"([0-9a-f]{12})(?(1)\})"
-)
-HOUR = r"(?:[01]\d|2[0-3]):[0-5]\d"
-RFC_3339 = rf"(?i)(\d{{4}}-\d\d-\d\d)T({HOUR}):([0-5]\d)(\.\d+)?(Z|[+-]{HOUR})"
 TIME_WORDS = "an RFC 3339 time with an offset and no leap second, such as 2022-02-02T19:39:05+01:00"
 ANY = text(f"a text of at most {MAX_TEXT} characters", r"(?s).*")
 OBJECT = Rule("an object", lambda value: value if type(value) is dict else None)
@@ -330,17 +332,19 @@ def parse_message(body: bytes) -> dict:
         reason = str(error).partition(";")[0]  # without Python's advice on long numbers
         why = f"in UTF-8, with finite numbers and whole characters: {reason}"
         raise HTTPError(400, f"the body must be JSON {why}") from error
-    derived = {"messageTime": sent, "utc": utc, "message": content}
-    return NO_FIELDS | fields | metadata | derived
+    return NO_FIELDS | fields | metadata | {"messageTime": sent, "utc": utc, "message": content}
 
 
 def parse_logged(row: tuple[str, int, str, str, str]) -> dict:
-    """Turn an entry of the log into the parameters of UPSERT."""
+    """Turn an entry of the log into the parameters of UPSERT. Raise OSError if it is damaged."""
     channel, number, sent, kind, message = row
-    content = decode(message)
-    fields = {name: content[name] for name in MESSAGE_TYPES[kind]}
-    sent = sent.replace(":60", ":59")  # an earlier version took leap seconds
-    served, utc = METADATA["messageTime"].read(sent)
+    try:
+        content = decode(message)
+        fields = {name: content[name] for name in MESSAGE_TYPES[kind]}
+        sent = sent.replace(":60", ":59")  # an earlier version took leap seconds
+        served, utc = METADATA["messageTime"].read(sent)
+    except (ValueError, TypeError, LookupError) as error:
+        raise OSError(f"message {number} of {channel} in its log is damaged: {error!r}") from error
     metadata = {"channel": channel, "messageNumber": number, "messageType": kind}
     return NO_FIELDS | fields | metadata | {"messageTime": served, "utc": utc}
 
@@ -365,13 +369,11 @@ def connect(path: str, options: str) -> sqlite3.Connection:
     return connection
 
 
-def has_table(connection: sqlite3.Connection, statement: str) -> bool | None:
+def is_as_made(connection: sqlite3.Connection, statement: str) -> bool | None:
     """Tell whether a table is as a statement makes it; None if no table has its name."""
     name = statement.split()[2]
     found = connection.execute("SELECT sql FROM sqlite_master WHERE name = ?", [name]).fetchone()
-    if found is None:
-        return None
-    return found[0].split() == statement.split()
+    return found and found[0].split() == statement.split()
 
 
 def inspect(path: str) -> None:
@@ -387,15 +389,15 @@ def inspect(path: str) -> None:
         raise OSError(f"it is gone, but {wal} is there")  # which SQLite would delete
     journal = Path(f"{path}-journal")
     is_hot = journal.exists() and journal.read_bytes()[:1] > b"\0"  # neither empty nor zeroed
-    if not size or (size <= 4096 and is_hot):  # new, or cut short while its first page was written
+    if not size or (size <= 4096 and is_hot):  # new, or its first page is to be rolled back
         return
-    # immutable makes no files beside the database, but does not read its log either
+    # immutable makes no files beside the database, but does not read its WAL either
     with closing(connect(path, "mode=ro" if wal_size else "immutable=1")) as connection:
         check(connection)
-        with open(path, "rb") as file:  # its random id (sqlite.org/fileformat2.html), see prepare()
-            own_id = int.from_bytes(file.read(72)[68:], "big")
+        with open(path, "rb") as file:  # application_id without the WAL (sqlite.org/fileformat2)
+            id_in_file = int.from_bytes(file.read(72)[68:], "big")  # 0: it is only in the WAL yet
         ((id_with_wal,),) = connection.execute("PRAGMA application_id")
-        if wal_size and (own_id not in (0, id_with_wal) or not is_sound(connection)):
+        if wal_size and (id_in_file not in (0, id_with_wal) or not is_sound(connection)):
             raise OSError(f"{wal} does not belong to it; to restore a backup, delete {wal} first")
 
 
@@ -407,7 +409,7 @@ def check(connection: sqlite3.Connection) -> None:
         raise OSError("another program wrote it")
     if version > SCHEMA_VERSION:
         raise OSError("a later version of this program wrote it")
-    if has_table(connection, MESSAGES_TABLE) is False:
+    if is_as_made(connection, MESSAGES_TABLE) is False:
         raise OSError("its log of messages has a form that this version does not know")
 
 
@@ -416,10 +418,12 @@ def is_sound(connection: sqlite3.Connection) -> bool:
     try:
         if connection.execute("PRAGMA quick_check(1)").fetchone() != ("ok",):
             return False
-        if not has_table(connection, ROCKETS_TABLE):
+        if not is_as_made(connection, ROCKETS_TABLE):
             return True  # they will be rebuilt
         return bool(connection.execute(LOG_AND_ROCKETS_AGREE).fetchone()[0])
-    except sqlite3.DatabaseError:
+    except sqlite3.OperationalError:  # of the disk, say
+        raise
+    except sqlite3.DatabaseError:  # damage
         return False
 
 
@@ -432,7 +436,7 @@ class Store:
     def __init__(self, path: str):
         """Open or create the file. Raise OSError, and leave the file as it was, if that fails."""
         self.callbacks: list[Callable[[], None]] | None = None  # None: no transaction under way
-        self.files: dict[str, os.stat_result] = {}
+        self.files: dict[str, os.stat_result] = {}  # for verify(), once they are all there
         self.folder_ctime = 0  # of the folder when the files were last found in place; nanoseconds
         self.commits = 0
         path = os.path.realpath(path)  # SQLite makes its files beside the target of a link
@@ -440,27 +444,27 @@ class Store:
         try:
             inspect(path)
             self.connection = connect(path, "mode=rwc")
-            check(self.connection)  # also what SQLite has just rolled back, unseen by inspect()
+            check(self.connection)  # again: opening it may have rolled back a hot journal
             self.connection.execute("PRAGMA journal_mode = WAL")  # others may read meanwhile
             self.prepare()
             self.read(COUNT_ALL)  # finds damage inside
             self.files = {name: os.stat(name) for name in (path, f"{path}-wal")}
             self.connection.execute("PRAGMA busy_timeout = 0")  # one thread serves all
-        except (sqlite3.Error, OSError, ValueError, TypeError, LookupError) as error:
+        except (sqlite3.Error, OSError) as error:
             raise OSError(f"cannot use {path} as the database: {error}") from error
 
     def prepare(self) -> None:
         """Make the tables; rockets that another version made are rebuilt from the log."""
         version = self.connection.execute("PRAGMA user_version").fetchone()
         tables = (MESSAGES_TABLE, ROCKETS_TABLE)
-        if version == (SCHEMA_VERSION,) and all(has_table(self.connection, t) for t in tables):
+        if version == (SCHEMA_VERSION,) and all(is_as_made(self.connection, t) for t in tables):
             return
         began = time.monotonic()
         with self.transaction():
             self.connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")  # takes the lock
-            if has_table(self.connection, MESSAGES_TABLE) is None:
-                own_id = int.from_bytes(os.urandom(3), "big")  # tells inspect() whose a log is
-                self.connection.execute(f"PRAGMA application_id = {own_id}")
+            if is_as_made(self.connection, MESSAGES_TABLE) is None:
+                random_id = int.from_bytes(os.urandom(3), "big")  # tells inspect() whose a WAL is
+                self.connection.execute(f"PRAGMA application_id = {random_id}")
                 self.connection.execute(MESSAGES_TABLE)
             self.connection.execute("DROP TABLE IF EXISTS rockets")
             self.connection.execute(ROCKETS_TABLE)
@@ -591,7 +595,7 @@ class Outcomes:
         self.counts = dict.fromkeys(OUTCOMES, 0)
         self.durations = [0] * len(BUCKETS)
         self.seconds = 0.0
-        self.failed_at: float | None = None  # unless a new message was stored since
+        self.failed_at: float | None = None  # time of the last failure; None once one is stored
 
     def add(self, outcome: str, began: float, about: Any) -> None:
         """Count an outcome, and log what needs attention; about: the message, or its error."""
@@ -635,14 +639,14 @@ def problem(error: HTTPError) -> str:
     """Render an error as RFC 9457 asks; answer OPTIONS, which is no error but has no route."""
     status, detail = error.status_code, error.body
     allow = response.headers.get("Allow", "").replace("GET", "GET,HEAD")
-    is_public = "POST" not in (request.method, allow)  # to post is for our own pages
+    is_public = request.method != "POST" and allow != "POST"  # to post is for our own pages
     response.headers.update(PUBLIC_HEADERS if is_public else BASE_HEADERS)
     response.headers["Content-Type"] = PROBLEM
     if status == 405:
         response.headers["Allow"] = allow
         detail = f"{request.path} takes {allow}, not {request.method}"
         if request.method == "OPTIONS":
-            response.status = 204
+            response.status = 204  # so Bottle drops what is returned
             response.headers["Access-Control-Allow-Headers"] = "*" if is_public else ""
     return render(status, detail)
 
@@ -666,19 +670,20 @@ def check_headers() -> None:
     if site in ("cross-site", "same-site"):
         raise HTTPError(403, "a page of another site must not post messages")
     if (coding := header("HTTP_CONTENT_ENCODING", "").lower()) not in ("", "identity"):
-        raise HTTPError(415, f"the body must come as it is, not as {coding}", Accept_Encoding="")
+        why = f"the body must come as it is, not as {coding}"
+        raise HTTPError(415, why, Accept_Encoding="identity")
     if request.content_length > MAX_BODY:  # before it is read, for which Bottle takes a file
         raise HTTPError(413, TOO_LARGE)
 
 
-def getter(make: Callable, kind: str = JSON, tag: Callable[[], str] = str) -> Callable:
+def getter(make: Callable, kind: str = JSON, tag: Callable[[], str] = lambda: "") -> Callable:
     """Return a handler that answers a GET with what make() returns, or a 404 if that is empty.
 
     If the client holds the tag, the answer is a 304 (RFC 9110, 13.1.2) without a call of make().
     """
 
     def handle(**arguments: str) -> bytes:
-        current = tag()  # "" by default, which no If-None-Match names
+        current = tag()  # "" is in no If-None-Match
         if_none_match = request.environ.get("HTTP_IF_NONE_MATCH", "")
         is_current = current in re.findall('"[^"]*"', if_none_match)
         body = b"" if is_current else make(**arguments)
@@ -688,7 +693,7 @@ def getter(make: Callable, kind: str = JSON, tag: Callable[[], str] = str) -> Ca
         response.headers.update({"Content-Type": kind, "Cache-Control": "no-cache"})
         if current:
             response.headers["ETag"] = current
-        if is_current or (current and if_none_match.strip() == "*"):
+        if is_current or (current and if_none_match.strip() == "*"):  # "*": whatever there is
             response.status = 304
         return body + b"\n"
 
@@ -831,7 +836,7 @@ class Request(HTTPRequestParser):
                 self.error, self.completed = BadRequest(NO_HTTP), True  # a TLS greeting, say
         if self.expect_continue and self.content_length > MAX_BODY:  # a 413 in place of the 100
             self.error, self.completed = RequestEntityTooLarge(TOO_LARGE), True
-        self.expect_continue &= not self.completed  # to send a 100, waitress resets completed
+        self.expect_continue &= not self.completed  # as send_continue() sets completed = False
         return consumed
 
     def parse_header(self, header_plus: bytes) -> None:
@@ -841,7 +846,7 @@ class Request(HTTPRequestParser):
             raise ParsingError("a header must not be folded (RFC 9112, 5.2)")
         try:
             super().parse_header(header_plus)
-        except (ValueError, TransferEncodingNotImplemented) as error:  # waitress: no answer, a 501
+        except (ValueError, TransferEncodingNotImplemented) as error:  # 400, not a crash or a 501
             raise ParsingError(str(error)) from error
         headers, is_old = self.headers, self.version == "1.0"
         host = headers.get("HOST")
@@ -871,13 +876,13 @@ class AnswerTask(Task):
         self.channel.write_soon(head + body)  # in one packet, if it fits
 
     def set_close_on_finish(self) -> None:
-        """Close after the answer, but not where waitress asks for it as there is no body."""
+        """Close after the answer, but not, as waitress does, because a 204 or 304 has no length."""
         option = self.request.headers.get("CONNECTION", "").lower()
         stays_open = option == "keep-alive" if self.version == "1.0" else option != "close"
         if self.has_body or not stays_open:
             super().set_close_on_finish()
         elif self.version == "1.0":
-            self.response_headers.append(("Connection", "Keep-Alive"))  # as if there were a body
+            self.response_headers.append(("Connection", "Keep-Alive"))  # waitress does if has_body
 
 
 class Connection(HTTPChannel):
@@ -893,7 +898,7 @@ class Connection(HTTPChannel):
         self.server.task_dispatcher.accepted += 1  # the listener's dispatcher is our Server
 
     def is_ready(self) -> bool:
-        """Tell whether the answer before is sent, or there is nobody to read it."""
+        """Tell whether the next answer may be made: the one before is sent, or nobody is there."""
         return not self.connected or not self.writable()
 
     def is_busy(self) -> bool:
@@ -916,7 +921,7 @@ class Connection(HTTPChannel):
             environ["wsgi.input"].seek(0)  # it may have been read before
             begun: list = []
             body = b"".join(self.server.application(environ, lambda *given: begun.extend(given)))
-            title, headers, _ = begun
+            title, headers, _ = begun  # Bottle always passes exc_info, too
         self.answer = title, headers, body
         return int(title[:3])
 
@@ -1014,7 +1019,7 @@ def listen(host: str, port: int) -> list[socket.socket]:
             sockets.append(socket.create_server((address, port), family=family))
         except (OSError, UnicodeError) as error:
             if not sockets or error.errno == errno.EADDRINUSE:  # else there is no IPv6 here
-                why = getattr(error, "strerror", str(error)).partition(" (")[0]  # (while ...)
+                why = getattr(error, "strerror", str(error)).partition(" (")[0]  # no (while ...)
                 raise OSError(f"cannot listen on {address} port {port}: {why}") from error
         port = sockets[0].getsockname()[1]  # the same for both, also where the system chose it
     return sockets

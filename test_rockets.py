@@ -524,7 +524,7 @@ def test_a_byte_order_mark_is_skipped(app):
 def test_a_coded_body_is_a_415(app, file):
     answer = post(app, VALID, headers={"Content-Encoding": "gzip"}, status=415)
     assert answer.json["detail"] == "the body must come as it is, not as gzip"
-    assert (answer.headers["Accept-Encoding"], dump(file)) == ("", [[], []])
+    assert (answer.headers["Accept-Encoding"], dump(file)) == ("identity", [[], []])
     post(app, VALID, headers={"Content-Encoding": "identity"}, status=202)
 
 
@@ -1698,7 +1698,7 @@ REFUSED = {
     foreign_journal: "another program wrote it",
     later_version: "a later version of this program wrote it",
     unknown_log: "its log of messages has a form that this version does not know",
-    strange_entry: "",
+    strange_entry: f"message 2 of {CHANNEL} in its log is damaged",
     first_half: "malformed",
     damaged: "malformed",
     log_alone: "it is gone, but",
@@ -1714,6 +1714,14 @@ def test_a_file_that_cannot_be_the_database_is_one_line_and_left_as_it_was(file,
     assert (code, said.count("\n")) == (1, 1) and REFUSED[make] in said
     assert said.startswith(f"rockets: cannot use {file} as the database: ")
     assert content(file.parent) == before
+
+
+def test_a_failure_while_a_left_over_log_is_looked_at_is_not_taken_for_damage(file):
+    fill(file)
+    with closing(rockets.connect(file, "mode=ro")) as connection:
+        connection.set_progress_handler(lambda: True, 1)
+        with pytest.raises(sqlite3.OperationalError, match="interrupted"):
+            rockets.is_sound(connection)
 
 
 def test_a_backup_beside_an_old_log_is_refused_and_can_be_restored_as_the_refusal_says(file):
