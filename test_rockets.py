@@ -2179,14 +2179,18 @@ def test_a_database_that_is_gone_is_a_503_until_it_is_back(file, is_old, is_repl
         assert faults(process) == ["can't be stored", "are stored again"]
 
 
-def test_the_files_are_looked_at_as_long_as_another_change_could_have_the_same_time(
+def test_the_files_are_looked_at_after_a_change_of_their_folder_and_now_and_then(
     file, monkeypatch
 ):
     with closing(rockets.Store(file)) as store:
-        assert store.folder_ctime == 0
+        assert store.seen == ()  # another change could have the same time
         monkeypatch.setattr(rockets, "CLOCK_STEP", 0)
         store.verify()
-        assert store.folder_ctime == file.parent.stat().st_ctime_ns
+        folder = file.parent.stat()
+        assert store.seen[:3] == (folder.st_dev, folder.st_ino, folder.st_ctime_ns)
+        store.files[str(file)] = os.stat(SERVICE)  # as after a mount, which changes no folder
+        with pytest.raises(OSError, match=f"another file has the name {file}"):
+            wait_until(store.verify)
 
 
 # Stopping #########################################################################################
@@ -2379,6 +2383,8 @@ def test_every_way_to_frame_a_request_gets_its_answer_and_is_closed(service, dat
     if expected[-1] >= 400:
         head, _, body = received.rpartition(b"\r\n\r\n")
         assert b"\r\nContent-Type: application/problem+json\r\n" in head
+        last = head[head.rindex(b"HTTP/1.") :]
+        assert re.findall(rb"(?im)^connection: (.*)\r$", last) == [b"close"]
         answer = json.loads(body)
         assert answer.keys() == {"title", "status", "detail"} and answer["status"] == expected[-1]
 
