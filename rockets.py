@@ -68,8 +68,8 @@ CHANNEL_TIMEOUT = 120  # seconds in which a client neither sends nor reads anyth
 IDLE = 0.2  # seconds until a signal to stop is noticed while nothing comes
 GRACE_PERIOD = 4  # seconds after a signal to stop in which requests under way are answered
 BUSY_TIMEOUT = 4  # seconds that a start waits for another process's lock; requests don't
-CLOCK_STEP = 3 * 10**9  # nanoseconds; the coarsest file system has one time for all within two
-LOOK_AGAIN = 10**8  # nanoseconds in which a change of files that their folder hides is noticed
+CLOCK_STEP = 3 * 10**9  # nanoseconds; more than the coarsest time of a file system (FAT: 2 s)
+LOOK_AGAIN = 10**8  # nanoseconds until files are looked at though their folder is unchanged
 FAILURE_SHOWN = 30  # seconds that /health tells of a failed write, unless another succeeds
 
 log = logging.getLogger("rockets")
@@ -230,7 +230,7 @@ RFC_3339 = rf"(?i)(\d{{4}}-\d\d-\d\d)T({HOUR}):([0-5]\d)(\.\d+)?(Z|[+-]{HOUR})"
 
 
 def read_uuid(match: re.Match) -> str:
-    return "-".join(match.group(2, 4, 5, 6, 7)).lower()  # without brace and hyphen
+    return "-".join(match.group(2, 4, 5, 6, 7)).lower()  # all but brace (1) and hyphen (3)
 
 
 def read_time(match: re.Match) -> tuple[str, str] | None:
@@ -390,12 +390,12 @@ def inspect(path: str) -> None:
         raise OSError(f"it is gone, but {wal} is there")  # which SQLite would delete
     journal = Path(f"{path}-journal")
     is_hot = journal.exists() and journal.read_bytes()[:1] > b"\0"  # neither empty nor zeroed
-    if not size or (size <= 4096 and is_hot):  # new, or its first page is to be rolled back
+    if not size or (size <= 4096 and is_hot):  # new, or its making was cut short at one page
         return
     # immutable makes no files beside the database, but does not read its WAL either
     with closing(connect(path, "mode=ro" if wal_size else "immutable=1")) as connection:
         check(connection)
-        with open(path, "rb") as file:  # application_id without the WAL (sqlite.org/fileformat2)
+        with open(path, "rb") as file:  # prepare()'s random id, without the WAL (fileformat2.html)
             id_in_file = int.from_bytes(file.read(72)[68:], "big")  # 0: it is only in the WAL yet
         ((id_with_wal,),) = connection.execute("PRAGMA application_id")
         if wal_size and (id_in_file not in (0, id_with_wal) or not is_sound(connection)):
@@ -438,7 +438,7 @@ class Store:
         """Open or create the file. Raise OSError, and leave the file as it was, if that fails."""
         self.callbacks: list[Callable[[], None]] | None = None  # None: no transaction under way
         self.files: dict[str, os.stat_result] = {}  # for verify(), once they are all there
-        self.seen: tuple[int, ...] = ()  # of the folder, when the files were last found in place
+        self.seen: tuple[int, ...] = ()  # what verify() saw when the files were last in place
         self.commits = 0
         path = os.path.realpath(path)  # SQLite makes its files beside the target of a link
         self.folder = os.path.dirname(path)
@@ -516,8 +516,8 @@ class Store:
     def verify(self) -> None:
         """Raise OSError unless the files are those that were opened, lest a deleted one be used.
 
-        They are looked at if their folder has changed, and now and then. After each look at a file
-        Linux has to note when it is written next (multigrain timestamps), 7 % of a commit's cost.
+        They are looked at if their folder has changed, and once per LOOK_AGAIN. Not each time, as
+        what is looked at gets a new time with its next write, which is 7 % of a commit's cost.
         """
         now, folder = time.time_ns(), os.stat(self.folder)
         seen = folder.st_dev, folder.st_ino, folder.st_ctime_ns, now // LOOK_AGAIN
@@ -568,7 +568,7 @@ class Store:
 def show_progress(items: Iterable, count: int) -> Iterator:
     """Yield the items; on a terminal, show once a second how many of them are done."""
     shown = time.monotonic()
-    for done, item in enumerate(items):
+    for done, item in enumerate(items, 1):
         yield item
         if time.monotonic() >= shown + 1 and sys.stderr.isatty():
             shown = time.monotonic()
@@ -603,7 +603,7 @@ class Outcomes:
         """Count an outcome, and log what needs attention; about: the message, or its error."""
         now = time.perf_counter()
         self.counts[outcome] += 1
-        self.durations[bisect_left(BUCKETS, now - began, key=float)] += 1
+        self.durations[bisect_left(BUCKETS, now - began, key=float)] += 1  # key: of BUCKETS
         self.seconds += now - began
         if outcome == "conflicting":
             log.warning(CONFLICT, about)
@@ -612,7 +612,7 @@ class Outcomes:
                 log.error("messages can't be stored: %a", str(about))
             self.failed_at = now
         elif outcome == "applied" and self.failed_at is not None:
-            log.error("messages are stored again")
+            log.warning("messages are stored again")
             self.failed_at = None
 
 
@@ -640,7 +640,7 @@ def render(status: int, detail: str) -> str:
 def problem(error: HTTPError) -> str:
     """Render an error as RFC 9457 asks; answer OPTIONS, which is no error but has no route."""
     status, detail = error.status_code, error.body
-    allow = response.headers.get("Allow", "").replace("GET", "GET,HEAD")
+    allow = response.headers.get("Allow", "").replace("GET", "GET,HEAD")  # Bottle's, of a 405
     is_public = request.method != "POST" and allow != "POST"  # to post is for our own pages
     response.headers.update(PUBLIC_HEADERS if is_public else BASE_HEADERS)
     response.headers["Content-Type"] = PROBLEM
@@ -674,7 +674,7 @@ def check_headers() -> None:
     if (coding := header("HTTP_CONTENT_ENCODING", "").lower()) not in ("", "identity"):
         why = f"the body must come as it is, not as {coding}"
         raise HTTPError(415, why, Accept_Encoding="identity")
-    if request.content_length > MAX_BODY:  # before it is read, for which Bottle takes a file
+    if request.content_length > MAX_BODY:  # before Bottle reads it, into a file if it is large
         raise HTTPError(413, TOO_LARGE)
 
 
@@ -695,7 +695,7 @@ def getter(make: Callable, kind: str = JSON, tag: Callable[[], str] = lambda: ""
         response.headers.update({"Content-Type": kind, "Cache-Control": "no-cache"})
         if current:
             response.headers["ETag"] = current
-        if is_current or (current and if_none_match.strip() == "*"):  # "*": whatever there is
+        if is_current or (current and if_none_match.strip() == "*"):  # "*": make() found something
             response.status = 304
         return body + b"\n"
 
@@ -823,7 +823,7 @@ WAITRESS = {
 }
 NO_HTTP = "this is neither HTTP/1.0 nor HTTP/1.1"
 REQUEST_LINE = re.compile(rb"[!-~]+ [!-~\x80-\xff]+ HTTP/1\.[01]\r\n")
-REQUEST_LINE_SO_FAR = re.compile(rb"[!-~]*( [!-~\x80-\xff]*( [HTP/1.0]{0,8}\r?)?)?")  # roughly
+REQUEST_LINE_SO_FAR = re.compile(rb"[!-~]*( [!-~\x80-\xff]*( [/.01HPT]{0,8}\r?)?)?")  # roughly
 CODINGS = re.compile(rb"(?m)^transfer-encoding:(.*)\r$")  # waitress drops it from the headers
 
 
@@ -833,12 +833,12 @@ class Request(HTTPRequestParser):
     def received(self, data: bytes) -> int:
         consumed = super().received(data)
         if not self.headers_finished:
-            head = self.header_plus.lstrip(b"\r\n")
+            head = self.header_plus.lstrip(b"\r\n")  # all that has come so far
             if not (REQUEST_LINE.match(head) or REQUEST_LINE_SO_FAR.fullmatch(head)):
                 self.error, self.completed = BadRequest(NO_HTTP), True  # a TLS greeting, say
         if self.expect_continue and self.content_length > MAX_BODY:  # a 413 in place of the 100
             self.error, self.completed = RequestEntityTooLarge(TOO_LARGE), True
-        self.expect_continue &= not self.completed  # as send_continue() sets completed = False
+        self.expect_continue &= not self.completed  # else waitress sends a 100 and undoes completed
         return consumed
 
     def parse_header(self, header_plus: bytes) -> None:
@@ -853,7 +853,7 @@ class Request(HTTPRequestParser):
         headers, is_old = self.headers, self.version == "1.0"
         host = headers.get("HOST")
         codings = [coding.strip(b" \t") for coding in CODINGS.findall(header_plus.lower())]
-        if (host is None and not is_old) or re.search(r"[\s,/?#@]", host or ""):  # "a, b" if two
+        if (host is None and not is_old) or re.search(r"[\s,/?#@]", host or ""):  # two get a comma
             raise ParsingError("there must be exactly one Host (RFC 9112, 3.2)")
         if codings and (is_old or codings != [b"chunked"] or "CONTENT_LENGTH" in headers):
             raise ParsingError("this is no way to frame a body (RFC 9112, 6.1)")
@@ -878,7 +878,7 @@ class AnswerTask(Task):
         self.channel.write_soon(head + body)  # in one packet, if it fits
 
     def set_close_on_finish(self) -> None:
-        """Close after the answer, but not, as waitress does, because a 204 or 304 has no length."""
+        """Close after the answer; but not where waitress asks for it for want of a length (304)."""
         option = self.request.headers.get("CONNECTION", "").lower()
         stays_open = option == "keep-alive" if self.version == "1.0" else option != "close"
         if self.has_body or not stays_open:
@@ -891,7 +891,7 @@ class Connection(HTTPChannel):
     """A connection of waitress that holds the answer to its first request until it may be sent."""
 
     parser_class, task_class, error_task_class = Request, AnswerTask, AnswerTask
-    handle_expt = HTTPChannel.handle_close  # of TCP's urgent data, which HTTP does not have
+    handle_expt = HTTPChannel.handle_close  # TCP's urgent data, which HTTP does not have
     answer: tuple[str, list[tuple[str, str]], bytes]  # status with its title, headers, body
 
     def add_channel(self, map: dict | None = None) -> None:
@@ -1021,7 +1021,7 @@ def listen(host: str, port: int) -> list[socket.socket]:
             sockets.append(socket.create_server((address, port), family=family))
         except (OSError, UnicodeError) as error:
             if not sockets or error.errno == errno.EADDRINUSE:  # else there is no IPv6 here
-                why = getattr(error, "strerror", str(error)).partition(" (")[0]  # no (while ...)
+                why = getattr(error, "strerror", str(error)).partition(" (while")[0]
                 raise OSError(f"cannot listen on {address} port {port}: {why}") from error
         port = sockets[0].getsockname()[1]  # the same for both, also where the system chose it
     return sockets
@@ -1029,7 +1029,7 @@ def listen(host: str, port: int) -> list[socket.socket]:
 
 def connection_limit() -> int:
     """Raise the limit of open files as far as needed and allowed; return what it allows for."""
-    limit = MAX_CONNECTIONS
+    limit = soft = MAX_CONNECTIONS
     if resource:
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         others = OTHER_FILES + len(os.listdir("/dev/fd"))
