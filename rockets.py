@@ -24,6 +24,7 @@ import socket
 import sqlite3
 import sys
 import time
+import uuid
 import zlib
 from bisect import bisect_left
 from collections import namedtuple
@@ -77,6 +78,7 @@ log = logging.getLogger("rockets")
 # SQL ##############################################################################################
 
 SCHEMA_VERSION = 0x524B_0004  # "RK" marks the file as ours; the low 16 bits are the version
+# The application_id of a file is a random number, by which the WAL of another file is found out.
 NO_NUMBER = MAX_NUMBER + 1  # of a launch or explosion not known yet, as the lowest number wins
 
 MESSAGES_TABLE = """
@@ -221,16 +223,13 @@ def digits_up_to(highest: int) -> Rule:
     return text(limit.words, "[0-9]{1,16}", lambda match: limit.read(int(match[0])))
 
 
-UUID = (
-    r"(?i)(?:urn:uuid:)?(\{)?([0-9a-f]{8})(-?)([0-9a-f]{4})\3([0-9a-f]{4})\3([0-9a-f]{4})\3"
-    r"([0-9a-f]{12})(?(1)\})"
-)
+UUID = r"(?i)(?:urn:uuid:)?(\{)?[0-9a-f]{8}(-?)(?:[0-9a-f]{4}\2){3}[0-9a-f]{12}(?(1)\})"
 HOUR = r"(?:[01]\d|2[0-3]):[0-5]\d"
 RFC_3339 = rf"(?i)(\d{{4}}-\d\d-\d\d)T({HOUR}):([0-5]\d)(\.\d+)?(Z|[+-]{HOUR})"
 
 
 def read_uuid(match: re.Match) -> str:
-    return "-".join(match.group(2, 4, 5, 6, 7)).lower()  # all but brace (1) and hyphen (3)
+    return str(uuid.UUID(match[0].lower()))
 
 
 def read_time(match: re.Match) -> tuple[str, str] | None:
@@ -389,13 +388,14 @@ def inspect(path: str) -> None:
     if wal_size and not size:
         raise OSError(f"it is gone, but {wal} is there")  # which SQLite would delete
     journal = Path(f"{path}-journal")
-    is_hot = journal.exists() and journal.read_bytes()[:1] > b"\0"  # neither empty nor zeroed
-    if not size or (size <= 4096 and is_hot):  # new, or its making was cut short at one page
+    is_hot = journal.exists() and journal.read_bytes()[:1] not in (b"", b"\0")
+    is_unfinished = is_hot and size <= 4096  # a first start was cut short, which SQLite will undo
+    if not size or is_unfinished:
         return
     # immutable makes no files beside the database, but does not read its WAL either
     with closing(connect(path, "mode=ro" if wal_size else "immutable=1")) as connection:
         check(connection)
-        with open(path, "rb") as file:  # prepare()'s random id, without the WAL (fileformat2.html)
+        with open(path, "rb") as file:  # without the WAL, see sqlite.org/fileformat2.html
             id_in_file = int.from_bytes(file.read(72)[68:], "big")  # 0: it is only in the WAL yet
         ((id_with_wal,),) = connection.execute("PRAGMA application_id")
         if wal_size and (id_in_file not in (0, id_with_wal) or not is_sound(connection)):
@@ -464,7 +464,7 @@ class Store:
         with self.transaction():
             self.connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")  # takes the lock
             if is_as_made(self.connection, MESSAGES_TABLE) is None:
-                random_id = int.from_bytes(os.urandom(3), "big")  # tells inspect() whose a WAL is
+                random_id = int.from_bytes(os.urandom(3), "big")
                 self.connection.execute(f"PRAGMA application_id = {random_id}")
                 self.connection.execute(MESSAGES_TABLE)
             self.connection.execute("DROP TABLE IF EXISTS rockets")
@@ -838,7 +838,8 @@ class Request(HTTPRequestParser):
                 self.error, self.completed = BadRequest(NO_HTTP), True  # a TLS greeting, say
         if self.expect_continue and self.content_length > MAX_BODY:  # a 413 in place of the 100
             self.error, self.completed = RequestEntityTooLarge(TOO_LARGE), True
-        self.expect_continue &= not self.completed  # else waitress sends a 100 and undoes completed
+        if self.completed:
+            self.expect_continue = False  # else waitress sends a 100, and takes it for incomplete
         return consumed
 
     def parse_header(self, header_plus: bytes) -> None:
@@ -878,10 +879,10 @@ class AnswerTask(Task):
         self.channel.write_soon(head + body)  # in one packet, if it fits
 
     def set_close_on_finish(self) -> None:
-        """Close after the answer; but not where waitress asks for it for want of a length (304)."""
+        """Close after this answer, unless waitress only asks since a 204 or 304 has no length."""
         option = self.request.headers.get("CONNECTION", "").lower()
-        stays_open = option == "keep-alive" if self.version == "1.0" else option != "close"
-        if self.has_body or not stays_open:
+        is_wanted = option != "keep-alive" if self.version == "1.0" else option == "close"
+        if self.has_body or is_wanted:
             super().set_close_on_finish()
         elif self.version == "1.0":
             self.response_headers.append(("Connection", "Keep-Alive"))  # waitress does if has_body
