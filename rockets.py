@@ -77,8 +77,7 @@ log = logging.getLogger("rockets")
 
 # SQL ##############################################################################################
 
-SCHEMA_VERSION = 0x524B_0004  # "RK" marks the file as ours; the low 16 bits are the version
-# The application_id of a file is a random number, by which the WAL of another file is found out.
+SCHEMA_VERSION = 0x524B_0004  # the user_version: "RK" marks our files, 16 bits are the version
 NO_NUMBER = MAX_NUMBER + 1  # of a launch or explosion not known yet, as the lowest number wins
 
 MESSAGES_TABLE = """
@@ -224,8 +223,8 @@ def digits_up_to(highest: int) -> Rule:
 
 
 UUID = r"(?i)(?:urn:uuid:)?(\{)?[0-9a-f]{8}(-?)(?:[0-9a-f]{4}\2){3}[0-9a-f]{12}(?(1)\})"
-HOUR = r"(?:[01]\d|2[0-3]):[0-5]\d"
-RFC_3339 = rf"(?i)(\d{{4}}-\d\d-\d\d)T({HOUR}):([0-5]\d)(\.\d+)?(Z|[+-]{HOUR})"
+HH_MM = r"(?:[01]\d|2[0-3]):[0-5]\d"
+RFC_3339 = rf"(?i)(\d{{4}}-\d\d-\d\d)T({HH_MM}):([0-5]\d)(\.\d+)?(Z|[+-]{HH_MM})"
 
 
 def read_uuid(match: re.Match) -> str:
@@ -389,17 +388,19 @@ def inspect(path: str) -> None:
         raise OSError(f"it is gone, but {wal} is there")  # which SQLite would delete
     journal = Path(f"{path}-journal")
     is_hot = journal.exists() and journal.read_bytes()[:1] not in (b"", b"\0")
-    is_unfinished = is_hot and size <= 4096  # a first start was cut short, which SQLite will undo
+    is_unfinished = is_hot and size <= 4096  # one page: SQLite will undo a first start cut short
     if not size or is_unfinished:
         return
-    # immutable makes no files beside the database, but does not read its WAL either
+    # immutable makes no files beside the database, but reads neither its WAL nor its journal
     with closing(connect(path, "mode=ro" if wal_size else "immutable=1")) as connection:
         check(connection)
-        with open(path, "rb") as file:  # without the WAL, see sqlite.org/fileformat2.html
+        # application_id is a random number of each file; here without the WAL (fileformat2.html)
+        with open(path, "rb") as file:
             id_in_file = int.from_bytes(file.read(72)[68:], "big")  # 0: it is only in the WAL yet
         ((id_with_wal,),) = connection.execute("PRAGMA application_id")
         if wal_size and (id_in_file not in (0, id_with_wal) or not is_sound(connection)):
-            raise OSError(f"{wal} does not belong to it; to restore a backup, delete {wal} first")
+            why = f"{wal} does not belong to it, or one of them is damaged"
+            raise OSError(f"{why}; to restore a backup, delete {wal} first")
 
 
 def check(connection: sqlite3.Connection) -> None:
@@ -516,8 +517,8 @@ class Store:
     def verify(self) -> None:
         """Raise OSError unless the files are those that were opened, lest a deleted one be used.
 
-        They are looked at if their folder has changed, and once per LOOK_AGAIN. Not each time, as
-        what is looked at gets a new time with its next write, which is 7 % of a commit's cost.
+        They are looked at if their folder has changed, and once per LOOK_AGAIN. Not each time: a
+        file gets a new timestamp with its first write after a stat(), which is 7 % of a commit.
         """
         now, folder = time.time_ns(), os.stat(self.folder)
         seen = folder.st_dev, folder.st_ino, folder.st_ctime_ns, now // LOOK_AGAIN
@@ -873,13 +874,16 @@ class AnswerTask(Task):
         log.info("%s %s %a", self.status[:3], self.channel.addr[0], line)
         self.content_length = len(body)
         if self.request.error:
-            self.request.headers["CONNECTION"] = "close"
+            self.request.headers["CONNECTION"] = "close"  # for build_response_header()
         head = self.build_response_header()
         self.wrote_header = True
         self.channel.write_soon(head + body)  # in one packet, if it fits
 
     def set_close_on_finish(self) -> None:
-        """Close after this answer, unless waitress only asks since a 204 or 304 has no length."""
+        """Close after the answer; build_response_header() calls this.
+
+        It does so for each 204 and 304, too, as they have no length; those stay open here.
+        """
         option = self.request.headers.get("CONNECTION", "").lower()
         is_wanted = option != "keep-alive" if self.version == "1.0" else option == "close"
         if self.has_body or is_wanted:
@@ -978,7 +982,7 @@ class Server:
             self.turn()
 
     def receive(self, seconds: float) -> bool:
-        """Poll, again at once while connections come; return whether more may be waiting."""
+        """Poll, again while connections come, which bring a request; tell whether more may wait."""
         for wait in [seconds] + [0] * MAX_POLLS:
             known = self.accepted
             wasyncore.loop(wait, use_poll=True, map=self.map, count=1)
@@ -987,7 +991,7 @@ class Server:
         return True
 
     def turn(self) -> None:
-        """Receive what comes, and answer all that is ready."""
+        """Receive what comes, and answer what is ready, up to MAX_TURN requests."""
         self.receive(0 if any(each.is_ready() for each in self.arrived) else IDLE)
         ready = [each for each in self.arrived if each.is_ready()][:MAX_TURN]
         self.arrived = [each for each in self.arrived if each not in ready]
@@ -1022,7 +1026,7 @@ def listen(host: str, port: int) -> list[socket.socket]:
             sockets.append(socket.create_server((address, port), family=family))
         except (OSError, UnicodeError) as error:
             if not sockets or error.errno == errno.EADDRINUSE:  # else there is no IPv6 here
-                why = getattr(error, "strerror", str(error)).partition(" (while")[0]
+                why = getattr(error, "strerror", str(error)).partition(" (while attempting")[0]
                 raise OSError(f"cannot listen on {address} port {port}: {why}") from error
         port = sockets[0].getsockname()[1]  # the same for both, also where the system chose it
     return sockets
@@ -1116,6 +1120,7 @@ def main() -> None:
         sockets = listen(options.host, port)
         tried = ("database",)
         store = Store(options.database)
+        tried = ()
         server = Server(create_app(store), store, sockets, limit)
         if options.reset:
             store.reset()
