@@ -184,7 +184,8 @@ ORDER BY {column} {order} NULLS LAST, channel LIMIT :limit OFFSET :offset"""
 }
 SELECT_HISTORY = """
 SELECT CAST(json_object('metadata', json_object('channel', channel, 'messageNumber', number,
-    'messageTime', time, 'messageType', type), 'message', json(message)) AS BLOB)
+    'messageTime', upper(replace(time, ':60', ':59')),  -- an earlier version kept 60, t, z
+    'messageType', type), 'message', json(message)) AS BLOB)
 FROM messages WHERE channel = :channel AND number > :after ORDER BY number LIMIT :limit"""
 COUNT_ALL = "SELECT count(*), ifnull(sum(messages), 0) FROM rockets"
 COUNT_BY_STATUS = "SELECT status, count(*) FROM rockets GROUP BY status"
@@ -340,7 +341,7 @@ def parse_logged(row: tuple[str, int, str, str, str]) -> dict:
     try:
         content = decode(message)
         fields = {name: content[name] for name in MESSAGE_TYPES[kind]}
-        sent = sent.replace(":60", ":59")  # an earlier version took leap seconds
+        sent = sent.replace(":60", ":59")  # leap seconds, which an earlier version took
         served, utc = METADATA["messageTime"].read(sent)
     except (ValueError, TypeError, LookupError) as error:
         raise OSError(f"message {number} of {channel} in its log is damaged: {error!r}") from error

@@ -1839,13 +1839,14 @@ INSERT INTO rockets VALUES
 PRAGMA user_version = 0x524B0003;
 PRAGMA journal_mode = WAL;
 """
+LEAP = "2016-12-31T23:59:59Z"  # as a leap second is served
 SERVED = [
     UNKNOWN
     | {"channel": CHANNEL, "type": "Falcon-9", "speed": 3500, "mission": "MÈLÉE"}
     | {"launchedAt": "2022-02-02T19:39:05.5+01:00", "updatedAt": "2022-02-02T19:39:08Z"}
     | {"status": "active", "lastMessageNumber": 4, "missingMessages": 1},
     {"channel": EARLIER, "type": "Soyuz", "speed": -13, "mission": "MIR"}
-    | {"launchedAt": "2016-12-31T23:59:59Z", "updatedAt": "2016-12-31T15:59:59.25-08:00"}
+    | {"launchedAt": LEAP, "updatedAt": "2016-12-31T15:59:59.25-08:00"}
     | {"status": "exploded", "explosionReason": "FUEL_LEAK"}
     | {"lastMessageNumber": 6, "missingMessages": 3},
 ]
@@ -1869,6 +1870,10 @@ def test_a_file_of_an_earlier_version_serves_the_same_rockets(file, change):
     with Process(file) as process:
         assert process.request("/rockets")[1]["rockets"] == SERVED
         assert re.fullmatch(REBUILT, process.logged())
+        for channel, number, served in (CHANNEL, 4, "2022-02-02T19:39:08Z"), (EARLIER, 1, LEAP):
+            path = f"/rockets/{channel}/messages?after={number - 1}&limit=1"
+            (message,) = process.request(path)[1]["messages"]
+            assert message["metadata"]["messageTime"] == served
         assert process.request("/messages", faster(3, 3000)) == DUPLICATE
         assert process.request("/messages", faster(2, 9)) == APPLIED
         process.stop()
