@@ -387,10 +387,8 @@ def inspect(path: str) -> None:
         raise OSError("it may not be written")
     if wal_size and not size:
         raise OSError(f"it is gone, but {wal} is there")  # which SQLite would delete
-    journal = Path(f"{path}-journal")
-    is_hot = journal.exists() and journal.read_bytes()[:1] not in (b"", b"\0")
-    is_unfinished = is_hot and size <= 4096  # one page: SQLite will undo a first start cut short
-    if not size or is_unfinished:
+    has_journal = os.path.exists(f"{path}-journal")
+    if not size or (size <= 4096 and has_journal):  # new, or cut short at its first page
         return
     # immutable makes no files beside the database, but reads neither its WAL nor its journal
     with closing(connect(path, "mode=ro" if wal_size else "immutable=1")) as connection:
