@@ -526,6 +526,7 @@ def test_a_coded_body_is_a_415(app, file):
     assert answer.json["detail"] == "the body must come as it is, not as gzip"
     assert (answer.headers["Accept-Encoding"], dump(file)) == ("identity", [[], []])
     post(app, VALID, headers={"Content-Encoding": "identity"}, status=202)
+    post(app, VALID, headers={"Content-Encoding": "Identity"}, status=202)
 
 
 @pytest.mark.parametrize("spelled", ["5", "5.0", "5e0", "50E-1", "0.5e+1"])
@@ -946,7 +947,31 @@ def test_every_503_tells_when_to_try_again(app, file):
     app.get("/rockets", status=200)
 
 
-@pytest.mark.parametrize("sql", ["SELECT nothing FROM rockets", "SELECT :nobody", "INSERT"])
+@pytest.mark.parametrize("moment", ["COMMIT", "SELECT CAST(json"])
+def test_a_database_that_goes_while_a_statement_runs_is_a_503(app, store, file, moment):
+    post(app, launch())
+    aside = file.with_name("aside")
+
+    def move(sql):
+        if sql.startswith(moment) and file.exists():
+            file.rename(aside)
+
+    store.connection.set_trace_callback(move)
+    if moment.startswith("SELECT"):
+        app.get(f"/rockets/{CHANNEL}", status=503)
+    else:
+        post(app, faster(2), status=503)
+    store.connection.set_trace_callback(None)
+    aside.rename(file)
+    post(app, faster(2), status=202)
+    assert get(app) == fold([launch(), faster(2)])
+
+
+MISTAKES = ["SELECT nothing FROM rockets", "SELECT :nobody", "INSERT"]
+MISTAKES += ["INSERT INTO messages (channel) VALUES (:channel)"]  # breaks a NOT NULL
+
+
+@pytest.mark.parametrize("sql", MISTAKES)
 def test_a_mistake_in_our_own_sql_is_a_500_with_a_traceback(app, monkeypatch, sql):
     monkeypatch.setattr(rockets, "SELECT_ROCKET", sql)
     answer = app.get(f"/rockets/{CHANNEL}", expect_errors=True)
@@ -1440,6 +1465,21 @@ def test_an_option_that_cannot_be_is_one_line_that_names_it(tmp_path, options, e
     assert os.listdir(tmp_path) == []
 
 
+def test_only_an_error_about_an_option_names_where_that_is_from(file):
+    bare = changed("import rockets, pathlib; rockets.STATIC = pathlib.Path('/nowhere')")
+    code, said = start_in_vain(None, program=bare, PORT="0", DATABASE=str(file))
+    assert code == 1 and "/nowhere" in said and "environment" not in said
+
+
+def test_every_request_is_logged_if_asked_for(file):
+    with Process(file, "--verbose") as process:
+        process.request("/messages", launch())
+        exchange(process, b"\0")
+        assert process.stop() == 0
+        lines = [line.split(" ", 2)[2] for line in process.logged().splitlines()]
+        assert lines == ["INFO 202 127.0.0.1 b'POST /messages HTTP/1.1'", "INFO 400 127.0.0.1 b''"]
+
+
 def test_what_was_found_is_said_and_served(file):
     with Process(file) as process:
         process.request("/messages", launch())
@@ -1585,16 +1625,18 @@ def allow_files(soft, hard):
 
 
 def test_too_few_open_files_are_one_line_and_few_are_said(file):
-    said = "rockets: too few open files are allowed (ulimit -n is 20)\n"
-    assert start_in_vain(file, program=allow_files(20, 20)) == (1, said)
+    said = "rockets: too few open files are allowed (ulimit -n is 29)\n"
+    assert start_in_vain(file, program=allow_files(29, 29)) == (1, said)
     with Process(file, program=allow_files(50, 50)) as process, ExitStack() as crowd:
         warning = r".* there can be only \d\d connections at a time \(ulimit -n is 50\)\n"
         assert re.fullmatch(warning, process.logged())
         for _ in range(100):
             crowd.enter_context(process.connect())
+        wait_until(lambda: "reached the connection limit" in process.logged())
         crowd.close()
         assert process.request("/messages", launch()) == APPLIED
-    with Process(file, program=allow_files(31, 31)) as process:
+        assert process.logged().count("\n") == 2  # once a minute is enough
+    with Process(file, program=allow_files(30, 30)) as process:
         assert process.request("/messages", launch()) == DUPLICATE
 
 
@@ -1690,9 +1732,16 @@ def log_alone(file):
     file.unlink()
 
 
-def fill_and_kill(file):
+def log_of_an_empty_file(file):
+    fill_and_kill(file)
+    os.truncate(file, 0)
+
+
+def fill_and_kill(file, *bodies):
     """Leave a database whose newest messages are in a left-over log."""
     fill(file)
+    with closing(rockets.Store(str(file))) as store:
+        store_all(store, bodies)
     with Process(file) as process:
         for number in range(501, 511):
             process.request("/messages", faster(number, 1))
@@ -1702,6 +1751,14 @@ def fill_and_kill(file):
 def half_with_its_log(file):
     fill_and_kill(file)
     os.truncate(file, file.stat().st_size // 2)
+
+
+def long_message_cut(file):
+    """Break the chain of the pages of a long message, beside a left-over log."""
+    fill_and_kill(file, launch(1, channel=OTHER, **BIG))
+    pages = file.read_bytes()
+    next_page = pages.index(b"x" * 4092) - 4
+    file.write_bytes(pages[:next_page] + bytes(4) + pages[next_page + 4 :])
 
 
 REFUSED = {
@@ -1717,7 +1774,9 @@ REFUSED = {
     first_half: "malformed",
     damaged: "malformed",
     log_alone: "it is gone, but",
+    log_of_an_empty_file: "it is gone, but",
     half_with_its_log: "rockets.db-wal",
+    long_message_cut: "rockets.db-wal",
 }
 
 
@@ -1785,6 +1844,17 @@ def test_a_database_that_lives_in_its_left_over_log_is_taken(file):
 def test_a_start_that_was_cut_short_at_one_page_is_taken_up(file):
     execute(file, "PRAGMA journal_mode = WAL")
     assert file.stat().st_size == 4096
+    with Process(file) as process:
+        assert process.request("/messages", launch()) == APPLIED
+
+
+def test_a_start_of_which_only_the_size_of_the_first_page_was_written_is_taken_up(file):
+    foreign_transaction(file)
+    journal = Path(f"{file}-journal")
+    sectors = journal.read_bytes()
+    # without the pages that it keeps, as there were none before (sqlite.org/fileformat2.html, 3)
+    journal.write_bytes(sectors[:8] + bytes(4) + sectors[12:16] + bytes(4) + sectors[20:512])
+    file.write_bytes(bytes(4096))
     with Process(file) as process:
         assert process.request("/messages", launch()) == APPLIED
 
@@ -1895,6 +1965,18 @@ def test_a_file_of_an_earlier_version_serves_the_same_rockets(file, change):
         assert process.logged() == ""
 
 
+def test_a_left_over_log_of_an_earlier_version_is_taken(file, tmp_path):
+    old = tmp_path / "old.db"
+    execute(old, VERSION_3)
+    with closing(sqlite3.connect(old)) as connection:
+        connection.execute("DELETE FROM messages WHERE number = 3")
+        connection.commit()
+        for suffix in ("", "-wal"):  # as a crash leaves them
+            shutil.copy(f"{old}{suffix}", f"{file}{suffix}")
+    with Process(file) as process:
+        assert process.request(f"/rockets/{CHANNEL}")[1]["speed"] == 500
+
+
 def test_rebuilding_gives_the_same_rows_whatever_the_order_of_arrival(file):
     life = [launch(3), launch(9, type="B"), renamed(5, "A"), renamed(8, "B"), faster(1, 7)]
     life += [slower(2, 9), exploded(4, "A"), exploded(6, "B"), launch(2, channel=EARLIER)]
@@ -1961,6 +2043,10 @@ def test_a_long_rebuild_shows_its_progress_on_a_terminal(file):
     os.close(leader)
     assert re.search(rb"\r\[#+ +\] \d+ of 500 messages\r", seen)
     assert b"\r[########################################] 500 of 500 messages\r" in seen
+    execute(file, "DROP TABLE rockets")
+    with Process(file, program=hasty) as process:  # to a file
+        said = r"\S+ \S+ WARNING rebuilt the rockets from 500 messages in \S+ s\n"
+        assert re.fullmatch(said, process.logged())
 
 
 # Durability and faults ############################################################################
@@ -2089,6 +2175,15 @@ def test_a_statement_that_fails_takes_back_nothing_acknowledged_in_its_turn(file
         assert [status for status, _ in answers] == [202, *[503] * 10]
         assert process.request(f"/rockets/{CHANNEL}") == (200, fold([launch(), faster(2, 1)]))
         assert counts(process) == ({"applied": 2, "failed": 10}, 2)
+
+
+def test_a_mistake_of_our_own_in_a_turn_leaves_no_half_of_a_message(file):
+    sql = rockets.ADD_TO_LOG.replace(":message)", "iif(:messageNumber = 2, NULL, :message))")
+    with Process(file, program=changed(f"import rockets; rockets.ADD_TO_LOG = {sql!r}")) as process:
+        answers = post_together(process, [launch(), faster(2, 9), faster(3, 1)])
+        assert [status for status, _ in answers] == [202, 500, 202]
+        rocket = fold([launch(), faster(3, 1)])
+        assert process.request(f"/rockets/{CHANNEL}") == (200, rocket)
 
 
 @on_linux
@@ -2238,7 +2333,7 @@ def is_closed(process):
 
 
 def test_a_body_that_is_still_coming_at_sigterm_is_taken_but_no_new_connection(file):
-    with Process(file) as process, process.connect() as connection:
+    with Process(file) as process, process.connect() as connection, process.connect():
         with process.paused():
             connection.sendall(http(BODY)[:-20])
             process.popen.terminate()
@@ -2303,6 +2398,25 @@ def test_a_second_sigterm_changes_nothing(file):
         assert process.popen.wait(20) == 0 and process.logged() == ""
 
 
+LAST_WORDS = """
+import os
+class Last:
+    def __del__(self, kill=os.kill, me=os.getpid()):
+        kill(me, 15)
+sys.last = Last()"""
+
+
+def test_a_sigterm_while_python_exits_changes_nothing(file):
+    with Process(file, program=changed(LAST_WORDS)) as process:
+        assert process.stop() == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_stop_while_it_starts_ends_it_in_peace(file, number):
+    hit = f"import os, rockets; rockets.create_app = lambda _: os.kill(os.getpid(), {number:d})"
+    assert start_in_vain(file, program=changed(hit)) == (0, "")
+
+
 @on_linux
 def test_a_sigterm_that_comes_before_the_greeting_is_out_ends_it_all_the_same(file):
     reading, writing = os.pipe()
@@ -2355,17 +2469,22 @@ FRAMES = {
     "1.0 twice": (sized(BODY, KEEP, version="1.0", close=False) + http(BODY), [202, 202]),
     "chunked": (coded("chunked", close=True), [202]),
     "Chunked": (coded("Chunked", close=True), [202]),
+    "chunked between blanks": (coded("\t chunked \t", close=True), [202]),
+    "empty Host": (http(BODY).replace(HOST.encode(), b"Host:\r\n"), [202]),
     "pipelined": (http(BODY, close=False) + http(BODY), [202, 202]),
     "after an empty line": (b"\r\n" + http(BODY), [202]),
     "close in a list": (sized(BODY, CLOSE, close=False), [202]),
     "close after a tab": (sized(BODY, CLOSE.replace(" c", "\tC"), close=False), [202]),
+    "close and keep-alive": (sized(BODY, "Connection: keep-alive, close\r\n", close=False), [202]),
     "64 KiB": (sized(FULL), [202]),
     "64 KiB in a chunk": (coded("chunked", chunked(FULL), close=True), [202]),
     "64 KiB in 1-byte chunks": (coded("chunked", CRUMBS, close=True), [202]),
     "64 KiB + 1": (sized(FULL + b" "), [413]),
     "64 KiB + 1 in a chunk": (coded("chunked", chunked(FULL + b" "), close=True), [413]),
     "1 MiB + 1": (http(b"", f"Content-Length: {2**20 + 1}\r\n", close=False), [413]),
+    "1 MiB": (sized(bytes(2**20), close=False) + http(BODY), [413, 202]),
     "Expect": (sized(BODY, EXPECT), [100, 202]),
+    "Expect, 64 KiB": (sized(FULL, EXPECT), [100, 202]),
     "Expect, chunked": (coded("chunked", headers=EXPECT, close=True), [100, 202]),
     "Expect, too large": (http(b"", "Content-Length: 65537\r\n" + EXPECT, close=False), [413]),
     "Expect, bad length": (http(b"", "Content-Length: abc\r\n" + EXPECT, close=False), [400]),
@@ -2383,10 +2502,12 @@ FRAMES = {
     "gzip, chunked": (coded("gzip, chunked"), [400]),
     "no Host": (http(BODY, close=False).replace(HOST.encode(), b""), [400]),
     "folded": (sized(BODY, "Padding: x\r\n y\r\n", close=False), [400]),
+    "folded at a tab": (sized(BODY, "Padding: x\r\n\ty\r\n", close=False), [400]),
     "folded chunked": (coded("\r\n chunked"), [400]),
     "two Hosts": (sized(BODY, OTHER_HOST, close=False), [400]),
     "two Hosts in 1.0": (sized(BODY, OTHER_HOST + KEEP, version="1.0", close=False), [400]),
     "HTTP/2.0": (http(BODY, version="2.0", close=False), [400]),
+    "HTTP/1.2": (http(BODY, version="1.2", close=False), [400]),
     "HTTP/2 preface": (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", [400]),
     "bad address": (b"GET http://[::1 HTTP/1.1\r\nHost: x\r\n\r\n", [400]),
     "large header": (sized(BODY, f"Padding: {'x' * 300_000}\r\n", close=False), [431]),
@@ -2395,19 +2516,34 @@ FRAMES = {
     "binary": (b"\0\xff\n\x80", [400]),
     "words": (b"hello, is anybody there?", [400]),
 }
+FRAMES |= {
+    f"Host: {host}": (http(BODY, close=False).replace(b": rockets", b": " + host.encode()), [400])
+    for host in ("a b", "a/b", "a?b", "a#b", "a@b")
+}
 
 
 @pytest.mark.parametrize(("data", "expected"), FRAMES.values(), ids=FRAMES)
 def test_every_way_to_frame_a_request_gets_its_answer_and_is_closed(service, data, expected):
     received = exchange(service, data)
     assert statuses(received) == expected
+    assert received.count(b"\r\nServer: rockets\r\n") == len(expected) - expected.count(100)
     if expected[-1] >= 400:
         head, _, body = received.rpartition(b"\r\n\r\n")
         assert b"\r\nContent-Type: application/problem+json\r\n" in head
         last = head[head.rindex(b"HTTP/1.") :]
         assert re.findall(rb"(?im)^connection: (.*)\r$", last) == [b"close"]
+        assert b"\r\nX-Content-Type-Options: nosniff" in last
         answer = json.loads(body)
         assert answer.keys() == {"title", "status", "detail"} and answer["status"] == expected[-1]
+        assert expected[-1] != 413 or answer["detail"] == rockets.TOO_LARGE
+
+
+def test_a_request_may_come_byte_by_byte(service):
+    with service.connect() as connection:
+        for byte in b"\r\nGET /health HTTP/1.1\r\nHost: x\r\n\r\n":
+            connection.send(bytes([byte]))
+            stored(service)  # so that it has taken the byte
+        assert read_answer(connection)[0] == 200
 
 
 def test_a_body_of_a_megabyte_gets_its_413_rather_than_a_reset(service):
@@ -2456,9 +2592,9 @@ def test_a_client_that_has_no_more_to_send_still_gets_its_answer(service):
     [
         ("1.0", KEEP, "Connection: close\r\n"),
         ("1.0", KEEP, "Connection: x\r\n"),
-        ("1.0", KEEP, ""),
+        ("1.0", KEEP.title(), ""),
         ("1.1", KEEP, "Connection: close\r\n"),
-        ("1.1", "", "Connection: close\r\n"),
+        ("1.1", "", "Connection: Close\r\n"),
         ("1.1", "Connection: x\r\n", CLOSE),
     ],
 )
@@ -2467,7 +2603,9 @@ def test_a_connection_stays_open_for_50_conditional_gets(service, version, stay,
     with service.connect() as connection:
         for _ in range(50):
             connection.sendall(f"{head}{stay}\r\n".encode())
-            assert statuses(connection.recv(65536)) == [304]
+            received = connection.recv(65536)
+            assert statuses(received) == [304]
+            assert (b"\r\nConnection: Keep-Alive\r\n" in received) == (version == "1.0")
     pipelined = f"{head}{stay}\r\n" * 49 + f"{head}{last}\r\n"
     assert statuses(exchange(service, pipelined.encode())) == [304] * 50
 
@@ -2529,6 +2667,24 @@ def test_pipelined_requests_of_a_slow_reader_are_all_answered(heavy):
         assert process.request("/messages", launch(61)) == APPLIED  # while there is no reader
         received = b"H" + b"".join(iter(partial(connection.recv, 65536), b""))
         assert statuses(received) == [200] * 5
+
+
+def test_a_crowd_is_answered_in_turns_of_bounded_length(file):
+    with Process(file) as process:
+        bodies = [faster(number, 1) for number in range(1, 3 * rockets.MAX_TURN + 1)]
+        assert post_together(process, bodies) == [APPLIED] * len(bodies)
+        assert counts(process)[1] >= 3
+
+
+def test_a_pipelined_request_behind_a_huge_answer_keeps_nobody_waiting(file):
+    with closing(rockets.Store(str(file))) as store:
+        name = "\U0001f680" * 256
+        fleet = (launch(channel=nth(n), type=name, mission=name) for n in range(10_000))
+        store_all(store, fleet)
+    with Process(file) as process, process.connect() as connection:
+        connection.sendall(b"GET /rockets HTTP/1.1\r\nHost: x\r\n\r\n" * 2)  # 20 MB each
+        assert connection.recv(1) == b"H"
+        assert process.request("/messages", launch()) == APPLIED
 
 
 def files(process):
