@@ -1097,6 +1097,8 @@ def test_a_post_duration_is_in_every_bucket_up_to_it_and_holds_the_commit(app, s
     bounds = "0.001 0.0025 0.005 0.01 0.025 0.05 0.1 0.25 0.5 1 2.5 5 +Inf".split()
     expected = {f'{name}_bucket{{le="{bound}"}}': seconds <= float(bound) for bound in bounds}
     assert found == expected | {f"{name}_sum": seconds, f"{name}_count": 1}
+    post(app, faster(2))
+    assert read_metrics(app)[f"{name}_sum"] > seconds
 
 
 # The description of the API #######################################################################
@@ -1638,6 +1640,15 @@ def test_too_few_open_files_are_one_line_and_few_are_said(file):
         assert process.logged().count("\n") == 2  # once a minute is enough
     with Process(file, program=allow_files(30, 30)) as process:
         assert process.request("/messages", launch()) == DUPLICATE
+
+
+def test_a_warning_is_logged_once_a_minute_and_an_error_each_time():
+    def passes(level, second):
+        return sparing.filter(logging.makeLogRecord({"levelno": level, "created": second}))
+
+    sparing = rockets.Sparing()
+    assert [passes(logging.WARNING, 1000 + second) for second in (0, 59, 60, 119)] == [1, 0, 1, 0]
+    assert passes(logging.ERROR, 1119)
 
 
 def test_the_limit_of_open_files_is_raised_as_far_as_needed_and_allowed(file):
@@ -2706,6 +2717,18 @@ def test_a_client_that_never_reads_is_dropped_in_the_end(heavy):
         assert process.stop() == 0 and process.logged() == ""
 
 
+def test_a_connection_may_be_silent_for_two_minutes_and_no_longer(store):
+    sockets = rockets.listen("127.0.0.1", 0)
+    server = rockets.Server(rockets.create_app(store), store, sockets, limit=1)
+    with socket.create_connection(sockets[0].getsockname()):
+        wait_until(lambda: server.receive(0) or server.accepted)
+        (silent,) = [each for each in server.map.values() if not each.accepting]
+        for second in (120, 121):
+            server.close_silent(silent.last_activity + second)
+            assert silent.connected == (second == 120)
+    server.listeners[0].close()
+
+
 @on_linux
 def test_a_crowd_of_idle_slow_and_deaf_connections_keeps_nobody_out(heavy):
     raise_limit_of_files()
@@ -2824,6 +2847,20 @@ def test_the_page_shows_totals_and_how_long_ago_and_when(page):
     assert "as sent: 2022-02-02T19:40:00+01:00" in updated[1]
 
 
+def test_the_page_cuts_ages_and_writes_long_numbers_as_powers(page):
+    ages = page.evaluate("[119, 120].map(second => ago(now() - 1000 * second))")
+    assert ages == ["1 min ago", "2 min ago"]
+    speeds = page.evaluate("[1 - 1e10, 1e10 - 1, -1e10, 1e10].map(speed => short(speed, 10))")
+    assert speeds == ["−9,999,999,999", "9,999,999,999", "−1.00×10¹⁰", "1.00×10¹⁰"]
+
+
+def test_the_page_asks_for_no_more_rockets_than_an_answer_holds(page):
+    page.evaluate("shown = MOST - PAGE")
+    for _ in range(2):  # before the answer to the first
+        page.click("#more-button")
+    assert page.evaluate("shown") == rockets.MAX_PAGE
+
+
 def test_the_page_searches_filters_and_sorts(page, fleet):
     page.press("/")
     page.type("fALC")
@@ -2909,11 +2946,12 @@ def test_what_rockets_send_is_shown_as_text(page, fleet):
 
 
 def test_the_list_is_saved_as_csv_that_runs_no_formula(page, fleet):
+    fleet.request("/messages", renamed(1, " =1+1", channel=AWAITING))
     page.click("#as-csv")
     with page.saved("rockets.csv").open(encoding="utf-8-sig", newline="") as text:
         found = list(csv.DictReader(text))
     expected = fleet.request("/rockets")[1]["rockets"]
-    expected[2]["mission"] = "'=1+1"
+    expected[1]["mission"], expected[2]["mission"] = "' =1+1", "'=1+1"
     assert found == [
         {key: "" if value is None else str(value) for key, value in rocket.items()}
         for rocket in expected
@@ -2993,6 +3031,23 @@ def test_launch_pauses_between_messages_and_compares_nothing_if_asked_to(tmp_pat
     assert float(report["seconds"]) >= 0.3
 
 
+def test_launch_stopped_by_ctrl_c_reports_but_compares_nothing_and_exits_130(tmp_path):
+    command = [sys.executable, launch_tool.__file__, "--message-delay=1m", "--max-messages=2"]
+    options = {"stdout": subprocess.PIPE, "text": True}
+    options["preexec_fn"] = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # not ignored
+    with Process(tmp_path / "rockets.db") as process:
+        with subprocess.Popen([*command, f"{process.url}/messages"], **options) as popen:
+            wait_until(lambda: process.request("/health")[1]["messages"])
+            popen.send_signal(signal.SIGINT)
+            lines = popen.communicate(timeout=60)[0].splitlines()
+    assert (popen.returncode, lines[0].split()[0], len(lines)) == (130, "messages", 6)
+
+
+def test_launch_reads_a_duration_with_its_unit():
+    durations = [launch_tool.seconds(text) for text in ("0", "500ms", "1.5s", "2m")]
+    assert durations == [0, 0.5, 1.5, 120]
+
+
 def test_launch_sends_no_message_later_than_it_may():
     bodies = [b"%d" % number for number in range(1000)]
     sent = [int(body) for _, body in launch_tool.disorder(bodies, 7, reorder=50, duplicates=0)]
@@ -3033,7 +3088,7 @@ class RefusingOnce(BaseHTTPRequestHandler):
 
 
 def test_launch_sends_again_after_half_a_second_what_gets_no_2xx():
-    bodies, notices = [b"301", b"400", b"404", b"503"], []
+    bodies, notices = [b"301", b"400", b"404", b"503", b" 503"], []
     with ThreadingHTTPServer(("127.0.0.1", 0), RefusingOnce) as server:
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         url = f"http://localhost:{server.server_port}/messages"  # ::1 first, where there is one
@@ -3043,7 +3098,7 @@ def test_launch_sends_again_after_half_a_second_what_gets_no_2xx():
     assert RefusingOnce.seen == dict.fromkeys(bodies, 2)
     assert took >= 0.5
     assert "404 Not Found; trying again every 500 ms." in notices
-    assert (sender.retries.total(), len(sender.latencies)) == (4, 4)
+    assert (len(notices), sender.retries.total(), len(sender.latencies)) == (4, 5, 5)
 
 
 def test_launch_gives_up_an_answer_that_does_not_come(monkeypatch):
