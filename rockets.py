@@ -152,7 +152,9 @@ WHERE NOT EXISTS (SELECT * FROM messages WHERE channel = :channel AND number = :
 ADD_TO_LOG = """
 INSERT INTO messages (channel, number, time, type, message)
 VALUES (:channel, :messageNumber, :messageTime, :messageType, :message)"""
-SELECT_LOG = "SELECT channel, number, time, type, message FROM messages"
+# A time of the log as it is served; an earlier version also kept leap seconds, and t and z.
+LOGGED_TIME = "upper(replace(time, ':60', ':59'))"
+SELECT_LOG = f"SELECT channel, number, {LOGGED_TIME}, type, message FROM messages"
 IS_SAME = """
 SELECT type = :messageType AND message = :message FROM messages
 WHERE channel = :channel AND number = :messageNumber"""
@@ -182,10 +184,9 @@ ORDER BY {column} {order} NULLS LAST, channel LIMIT :limit OFFSET :offset"""
     for sort, column in SORT_KEYS.items()
     for order in ORDERS
 }
-SELECT_HISTORY = """
+SELECT_HISTORY = f"""
 SELECT CAST(json_object('metadata', json_object('channel', channel, 'messageNumber', number,
-    'messageTime', upper(replace(time, ':60', ':59')),  -- an earlier version kept 60, t, z
-    'messageType', type), 'message', json(message)) AS BLOB)
+    'messageTime', {LOGGED_TIME}, 'messageType', type), 'message', json(message)) AS BLOB)
 FROM messages WHERE channel = :channel AND number > :after ORDER BY number LIMIT :limit"""
 COUNT_ALL = "SELECT count(*), ifnull(sum(messages), 0) FROM rockets"
 COUNT_BY_STATUS = "SELECT status, count(*) FROM rockets GROUP BY status"
@@ -341,12 +342,11 @@ def parse_logged(row: tuple[str, int, str, str, str]) -> dict:
     try:
         content = decode(message)
         fields = {name: content[name] for name in MESSAGE_TYPES[kind]}
-        sent = sent.replace(":60", ":59")  # leap seconds, which an earlier version took
-        served, utc = METADATA["messageTime"].read(sent)
+        sent, utc = METADATA["messageTime"].read(sent)
     except (ValueError, TypeError, LookupError) as error:
         raise OSError(f"message {number} of {channel} in its log is damaged: {error!r}") from error
     metadata = {"channel": channel, "messageNumber": number, "messageType": kind}
-    return NO_FIELDS | fields | metadata | {"messageTime": served, "utc": utc}
+    return NO_FIELDS | fields | metadata | {"messageTime": sent, "utc": utc}
 
 
 # Storage ##########################################################################################
@@ -1113,9 +1113,10 @@ def main() -> None:
     try:
         limit = connection_limit()
         tried = ("host", "port")
-        port = digits_up_to(65535).read(options.port)
+        ports = digits_up_to(65535)
+        port = ports.read(options.port)
         if port is None:
-            raise OSError(f"the port must be {digits_up_to(65535).words}, got {options.port}")
+            raise OSError(f"the port must be {ports.words}, got {options.port}")
         sockets = listen(options.host, port)
         tried = ("database",)
         store = Store(options.database)

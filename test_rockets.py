@@ -3035,11 +3035,13 @@ def test_launch_stopped_by_ctrl_c_reports_but_compares_nothing_and_exits_130(tmp
     command = [sys.executable, launch_tool.__file__, "--message-delay=1m", "--max-messages=2"]
     options = {"stdout": subprocess.PIPE, "text": True}
     options["preexec_fn"] = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # not ignored
-    with Process(tmp_path / "rockets.db") as process:
-        with subprocess.Popen([*command, f"{process.url}/messages"], **options) as popen:
-            wait_until(lambda: process.request("/health")[1]["messages"])
-            popen.send_signal(signal.SIGINT)
-            lines = popen.communicate(timeout=60)[0].splitlines()
+    with (
+        Process(tmp_path / "rockets.db") as process,
+        subprocess.Popen([*command, f"{process.url}/messages"], **options) as popen,
+    ):
+        wait_until(lambda: process.request("/health")[1]["messages"])
+        popen.send_signal(signal.SIGINT)
+        lines = popen.communicate(timeout=60)[0].splitlines()
     assert (popen.returncode, lines[0].split()[0], len(lines)) == (130, "messages", 6)
 
 
@@ -3106,7 +3108,7 @@ def test_launch_gives_up_an_answer_that_does_not_come(monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}/messages"
         sender = launch_tool.Sender(url, notice=sys.exit)
-        with pytest.raises(SystemExit, match="No answer within 0.1 s; trying again every 500 ms"):
+        with pytest.raises(SystemExit, match=r"No answer within 0\.1 s; trying again every 500 ms"):
             sender.run([launch_tool.http_request("POST", url, b"{}")])
 
 

@@ -6,9 +6,9 @@
     python tools/bench.py --only post run  some rows of a table
 
 What is compared runs in turn, A B A B, in slices of a run, and a ratio is the median of the runs'
-ratios, as times on a shared machine move. "waitress as it comes" is waitress.serve() around handlers that do nothing.
-Each request is a new connection, except where a row says otherwise. All files are in a folder of
-their own, removed in the end. Needs Linux.
+ratios, as times on a shared machine move. "waitress as it comes" is waitress.serve() around
+handlers that do nothing. Each request is a new connection, except where a row says otherwise. All
+files are in a folder of their own, removed in the end. Needs Linux.
 """
 
 import argparse
