@@ -1,12 +1,11 @@
-"""Rockets takes in what rockets in flight report and serves their current state as JSON.
+"""Rockets takes in the messages that rockets send and serves the state of each rocket as JSON.
 
-Messages arrive out of order and more than once. A 202 means that this message (or the first one
-with its number) is on disk, counts exactly once and is in every later answer; neither a crash nor
-a power cut takes it back.
+Messages arrive out of order and more than once. A 202 means that the message is on disk, counts
+exactly once and is in every later answer. Neither a crash nor a power cut takes it back.
 
 The idea: the state of a rocket is a function of the set of its messages, not of their order. So
 each message counts as it comes, by one upsert: changes of speed add up, and message numbers decide
-which launch, mission and explosion stand. A log of all messages, written in the same transaction,
+which launch, mission and explosion stand. A table of all messages, written in the same transaction,
 keeps a redelivery from counting again. `python rockets.py --help` tells how to run it.
 """
 
@@ -24,231 +23,231 @@ import socket
 import sqlite3
 import sys
 import time
-import uuid
-import zlib
-from bisect import bisect_left
-from collections import namedtuple
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing, contextmanager
-from datetime import datetime, timezone
+from contextlib import contextmanager
+from datetime import datetime
 from functools import partial
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, urlencode
 
-from bottle import HTTP_CODES, Bottle, HTTPError, HTTPResponse, request, response
-from waitress import create_server, wasyncore
-from waitress.channel import HTTPChannel
-from waitress.parser import HTTPRequestParser, ParsingError, TransferEncodingNotImplemented
-from waitress.task import Task, WSGITask
-from waitress.utilities import BadRequest, RequestEntityTooLarge
-
+if sys.version_info < (3, 11) or sqlite3.sqlite_version_info < (3, 38):
+    sys.exit("rockets: at least Python 3.11 and SQLite 3.38 are needed")
 try:
-    import resource
-except ImportError:  # on Windows
-    resource = None
+    from bottle import HTTP_CODES, Bottle, HTTPError, HTTPResponse, request, response, static_file
+    from waitress import create_server, wasyncore
+    from waitress.channel import HTTPChannel
+    from waitress.parser import HTTPRequestParser, ParsingError
+    from waitress.task import Task, WSGITask
+    from waitress.utilities import BadRequest
+except ImportError as error:
+    sys.exit(f"rockets: {error}; install it with: python3 -m pip install -r requirements.txt")
 
-VERSION = "2.0.0"
-STATIC = Path(__file__).resolve().parent / "static"
-
-MAX_BODY = 64 * 1024  # bytes; a real message has about 300, a larger body gets a 413
-TOO_LARGE = f"the body must be at most {MAX_BODY} bytes long"
-MAX_READ = 1024 * 1024  # bytes of a body that are read, so that its sender comes to see the 413
-MAX_DEPTH = 800  # levels of objects and arrays; SQLite reads at most 1,000
-MAX_TEXT = 256  # characters
-MAX_SPEED = 2**31 - 1
+VERSION = "3.0.0"
 MAX_NUMBER = 2**53 - 1  # up to here every JSON parser reads whole numbers exactly (RFC 8259, 6)
-MAX_PAGE = 10_000  # rockets or messages in one answer; all others wait while it is made
-MAX_HISTORY = 4 * 1024 * 1024  # bytes; an answer of messages ends with the one that exceeds it
-MAX_TURN = 32  # requests answered together, lest a crowd that asks for lists stop all else
-MAX_CONNECTIONS = 1000 if resource else 500  # at a time; select() on Windows takes 512
-MAX_POLLS = 100  # in a row, while each brings a new connection
-OTHER_FILES = 25  # file descriptors that are opened beside those of connections, at most
-CHANNEL_TIMEOUT = 120  # seconds in which a client neither sends nor reads anything
-IDLE = 0.2  # seconds until a signal to stop is noticed while nothing comes
-GRACE_PERIOD = 4  # seconds after a signal to stop in which requests under way are answered
-BUSY_TIMEOUT = 4  # seconds that a start waits for another process's lock; requests don't
-CLOCK_STEP = 3 * 10**9  # nanoseconds; more than the coarsest time of a file system (FAT: 2 s)
-LOOK_AGAIN = 10**8  # nanoseconds until files are looked at though their folder is unchanged
-FAILURE_SHOWN = 30  # seconds that /health tells of a failed write, unless another succeeds
-
 log = logging.getLogger("rockets")
 
 # SQL ##############################################################################################
 
-SCHEMA_VERSION = 0x524B_0004  # the user_version: "RK" marks our files, 16 bits are the version
-NO_NUMBER = MAX_NUMBER + 1  # of a launch or explosion not known yet, as the lowest number wins
+# The fields of a rocket, as they are served and as the columns of its table are called.
+ROCKET_FIELDS = (
+    "channel", "type", "speed", "mission", "status", "explosionReason",
+    "launchedAt", "updatedAt", "lastMessageNumber", "missingMessages",
+)  # fmt: skip
+STATUSES = ("active", "awaiting_launch", "exploded")
+NO_NUMBER = MAX_NUMBER + 1  # of a launch or explosion that is not known, as the lowest number wins
 
-MESSAGES_TABLE = """
-CREATE TABLE messages (
-    channel TEXT NOT NULL, number INTEGER NOT NULL, time TEXT NOT NULL, type TEXT NOT NULL,
-    message TEXT NOT NULL, PRIMARY KEY (channel, number)
+CREATE_MESSAGES = """
+CREATE TABLE IF NOT EXISTS messages (
+    channel TEXT NOT NULL, messageNumber INTEGER NOT NULL,
+    messageTime TEXT NOT NULL, messageType TEXT NOT NULL, message TEXT NOT NULL,
+    PRIMARY KEY (channel, messageNumber)
 ) STRICT, WITHOUT ROWID"""
-
-# The projection of the log. Each _number tells which message the columns up to the next _number
-# come from. Each _utc is the _at before it in UTC, spelled so that ORDER BY sorts instants. json is
-# the rocket as it is served, made once for each message rather than for each answer.
-ROCKETS_TABLE = """
+# The rockets are a projection of the messages: they can be made anew from them at any time.
+# json is the rocket as it is served. It is made once for each message, not for each answer.
+CREATE_ROCKETS = f"""
 CREATE TABLE rockets (
-    channel TEXT NOT NULL PRIMARY KEY, messages INTEGER NOT NULL, speed_change INTEGER NOT NULL,
-    last_number INTEGER NOT NULL, updated_at TEXT NOT NULL, updated_utc TEXT NOT NULL,
-    launch_number INTEGER NOT NULL,
-    type TEXT, launch_speed INTEGER, launched_at TEXT, launched_utc TEXT,
-    mission_number INTEGER NOT NULL, mission TEXT,
-    explosion_number INTEGER NOT NULL, reason TEXT,
-    missing INTEGER AS (last_number - messages),
-    speed INTEGER AS (launch_speed + speed_change),
+    channel TEXT NOT NULL PRIMARY KEY,
+    messageCount INTEGER NOT NULL, speedChange INTEGER NOT NULL,
+    lastMessageNumber INTEGER NOT NULL, updatedAt TEXT NOT NULL,
+    launchNumber INTEGER NOT NULL, type TEXT, launchSpeed INTEGER, launchedAt TEXT,
+    missionNumber INTEGER NOT NULL, mission TEXT,
+    explosionNumber INTEGER NOT NULL, explosionReason TEXT,
+    speed INTEGER AS (launchSpeed + speedChange),
+    missingMessages INTEGER AS (lastMessageNumber - messageCount),
     status TEXT AS (
-        iif(reason NOTNULL, 'exploded', iif(type NOTNULL, 'active', 'awaiting_launch'))),
-    json TEXT NOT NULL AS (json_object(
-        'channel', channel, 'type', type, 'speed', speed, 'mission', mission, 'status', status,
-        'explosionReason', reason, 'launchedAt', launched_at, 'updatedAt', updated_at,
-        'lastMessageNumber', last_number, 'missingMessages', missing)) STORED
+        iif(explosionReason IS NOT NULL, 'exploded',
+            iif(type IS NOT NULL, 'active', 'awaiting_launch'))),
+    json TEXT NOT NULL AS (
+        json_object({", ".join(f"'{field}', {field}" for field in ROCKET_FIELDS)})) STORED
 ) STRICT, WITHOUT ROWID"""
 
-# In whatever order messages come, they leave the same row: sums don't depend on order, and the
-# lowest or highest number wins whenever it comes.
+# Whatever the order in which messages come, they leave the same row: sums do not depend on it,
+# and the lowest or the highest number wins whenever it comes.
 UPSERT = f"""
-INSERT INTO rockets (
-    channel, messages, speed_change,
-    last_number, updated_at, updated_utc,
-    launch_number, type, launch_speed,
-    launched_at, launched_utc,
-    mission_number, mission,
-    explosion_number, reason
+INSERT INTO rockets AS old (
+    channel, messageCount, speedChange,
+    lastMessageNumber, updatedAt,
+    launchNumber, type, launchSpeed, launchedAt,
+    missionNumber, mission,
+    explosionNumber, explosionReason
 ) VALUES (
-    :channel, 1, iif(:messageType = 'RocketSpeedDecreased', -1, 1) * ifnull(:by, 0),
-    :messageNumber, :messageTime, :utc,
-    iif(:type ISNULL, {NO_NUMBER}, :messageNumber), :type, :launchSpeed,
-    iif(:type ISNULL, NULL, :messageTime), iif(:type ISNULL, NULL, :utc),
-    iif(ifnull(:mission, :newMission) ISNULL, 0, :messageNumber), ifnull(:mission, :newMission),
-    iif(:reason ISNULL, {NO_NUMBER}, :messageNumber), :reason
+    :channel, 1, iif(:messageType = 'RocketSpeedDecreased', -1, 1) * coalesce(:by, 0),
+    :messageNumber, :messageTime,
+    iif(:type IS NULL, {NO_NUMBER}, :messageNumber), :type, :launchSpeed,
+    iif(:type IS NULL, NULL, :messageTime),
+    iif(coalesce(:mission, :newMission) IS NULL, 0, :messageNumber),
+    coalesce(:mission, :newMission),
+    iif(:reason IS NULL, {NO_NUMBER}, :messageNumber), :reason
 )
 ON CONFLICT (channel) DO UPDATE SET
     -- sums over all messages
-    messages = messages + 1,
-    speed_change = speed_change + excluded.speed_change,
+    messageCount = old.messageCount + 1,
+    speedChange = old.speedChange + excluded.speedChange,
     -- the message with the highest number
-    last_number = max(last_number, excluded.last_number),
-    updated_at = iif(excluded.last_number > last_number, excluded.updated_at, updated_at),
-    updated_utc = iif(excluded.last_number > last_number, excluded.updated_utc, updated_utc),
+    lastMessageNumber = max(old.lastMessageNumber, excluded.lastMessageNumber),
+    updatedAt = iif(
+        excluded.lastMessageNumber > old.lastMessageNumber, excluded.updatedAt, old.updatedAt),
     -- the launch with the lowest number
-    launch_number = min(launch_number, excluded.launch_number),
-    type = iif(excluded.launch_number < launch_number, excluded.type, type),
-    launch_speed = iif(excluded.launch_number < launch_number, excluded.launch_speed, launch_speed),
-    launched_at = iif(excluded.launch_number < launch_number, excluded.launched_at, launched_at),
-    launched_utc = iif(excluded.launch_number < launch_number, excluded.launched_utc, launched_utc),
-    -- the launch or mission change with the highest number
-    mission_number = max(mission_number, excluded.mission_number),
-    mission = iif(excluded.mission_number > mission_number, excluded.mission, mission),
+    launchNumber = min(old.launchNumber, excluded.launchNumber),
+    type = iif(excluded.launchNumber < old.launchNumber, excluded.type, old.type),
+    launchSpeed = iif(
+        excluded.launchNumber < old.launchNumber, excluded.launchSpeed, old.launchSpeed),
+    launchedAt = iif(
+        excluded.launchNumber < old.launchNumber, excluded.launchedAt, old.launchedAt),
+    -- the launch or change of mission with the highest number
+    missionNumber = max(old.missionNumber, excluded.missionNumber),
+    mission = iif(excluded.missionNumber > old.missionNumber, excluded.mission, old.mission),
     -- the explosion with the lowest number
-    explosion_number = min(explosion_number, excluded.explosion_number),
-    reason = iif(excluded.explosion_number < explosion_number, excluded.reason, reason)"""
-# WHERE guards the update; a channel that has no row yet has no message to repeat either.
+    explosionNumber = min(old.explosionNumber, excluded.explosionNumber),
+    explosionReason = iif(
+        excluded.explosionNumber < old.explosionNumber,
+        excluded.explosionReason, old.explosionReason)"""
+# A POST runs the upsert only for a message that is not known, and gets a row if it was not.
+# (For a new channel, SQLite inserts without a look at WHERE. It has no message to repeat.)
 UPSERT_IF_NEW = f"""{UPSERT}
-WHERE NOT EXISTS (SELECT * FROM messages WHERE channel = :channel AND number = :messageNumber)"""
-
-ADD_TO_LOG = """
-INSERT INTO messages (channel, number, time, type, message)
+WHERE NOT EXISTS (
+    SELECT * FROM messages WHERE channel = :channel AND messageNumber = :messageNumber)
+RETURNING channel"""
+INSERT_MESSAGE = """
+INSERT INTO messages (channel, messageNumber, messageTime, messageType, message)
 VALUES (:channel, :messageNumber, :messageTime, :messageType, :message)"""
-# A time of the log as it is served; an earlier version also kept leap seconds, and t and z.
-LOGGED_TIME = "upper(replace(time, ':60', ':59'))"
-SELECT_LOG = f"SELECT channel, number, {LOGGED_TIME}, type, message FROM messages"
+SELECT_STORED = """
+SELECT channel, messageNumber, messageTime, messageType, message FROM messages"""
 IS_SAME = """
-SELECT type = :messageType AND message = :message FROM messages
-WHERE channel = :channel AND number = :messageNumber"""
-LOG_AND_ROCKETS_AGREE = """
-WITH logged AS (SELECT channel, count(*), max(number) FROM messages GROUP BY channel),
-    projected AS (SELECT channel, messages, last_number FROM rockets)
-SELECT NOT EXISTS (SELECT * FROM logged EXCEPT SELECT * FROM projected)
-    AND NOT EXISTS (SELECT * FROM projected EXCEPT SELECT * FROM logged)"""
+SELECT messageType = :messageType AND message = :message FROM messages
+WHERE channel = :channel AND messageNumber = :messageNumber"""
 
-STATUSES = ("active", "awaiting_launch", "exploded")
-ORDERS = ("asc", "desc")
-# What GET /rockets can sort by, with the column to ORDER BY.
-SORT_KEYS = {name: name for name in ("channel", "type", "speed", "mission", "status")}
-SORT_KEYS |= {"launchedAt": "launched_utc", "updatedAt": "updated_utc"}
-SORT_KEYS |= {"lastMessageNumber": "last_number"}
-
-# What goes out as it is, is a BLOB, lest it be decoded.
+# CAST: sqlite3 then returns bytes, which go out as they are.
 SELECT_ROCKET = "SELECT CAST(json AS BLOB) FROM rockets WHERE channel = :channel"
 MATCHING = """
-FROM rockets WHERE (:status ISNULL OR status = :status) AND (:type ISNULL OR type = :type)
-    AND (:mission ISNULL OR mission = :mission)
-    AND (:q ISNULL OR contains(:q, channel, type, mission))"""
+FROM rockets
+WHERE (:status IS NULL OR status = :status) AND (:type IS NULL OR type = :type)
+    AND (:mission IS NULL OR mission = :mission)
+    AND (:q IS NULL OR contains(:q, channel, type, mission))"""
 COUNT_MATCHING = f"SELECT count(*) {MATCHING}"
-SELECT_ROCKETS = {  # for each of SORT_KEYS and ORDERS; nothing in it comes from a request
-    (sort, order): f"""SELECT CAST(json AS BLOB) {MATCHING}
-ORDER BY {column} {order} NULLS LAST, channel LIMIT :limit OFFSET :offset"""
-    for sort, column in SORT_KEYS.items()
-    for order in ORDERS
-}
-SELECT_HISTORY = f"""
-SELECT CAST(json_object('metadata', json_object('channel', channel, 'messageNumber', number,
-    'messageTime', {LOGGED_TIME}, 'messageType', type), 'message', json(message)) AS BLOB)
-FROM messages WHERE channel = :channel AND number > :after ORDER BY number LIMIT :limit"""
-COUNT_ALL = "SELECT count(*), ifnull(sum(messages), 0) FROM rockets"
+SORT_KEYS = {field: field for field in ROCKET_FIELDS if field != "explosionReason"}
+SORT_KEYS |= {"launchedAt": "julianday(launchedAt)", "updatedAt": "julianday(updatedAt)"}
+SELECT_ROCKETS = f"""
+SELECT CAST(json AS BLOB) {MATCHING}
+ORDER BY %(key)s %(order)s NULLS LAST, channel LIMIT :limit OFFSET :offset"""
+COUNT_MESSAGES = "SELECT messageCount FROM rockets WHERE channel = :channel"
+SELECT_MESSAGES = """
+SELECT messageNumber, CAST('{"metadata":' || json_object(
+    'channel', channel, 'messageNumber', messageNumber,
+    'messageTime', messageTime, 'messageType', messageType
+) || ',"message":' || message || '}' AS BLOB)
+FROM messages
+WHERE channel = :channel AND messageNumber > :after AND messageNumber < :before
+ORDER BY messageNumber %(order)s LIMIT :limit"""
+SUMS = """
+SELECT (SELECT count(*) FROM messages), (SELECT coalesce(sum(messageCount), 0) FROM rockets)"""
+# total() instead of sum(), which fails beyond 2**63.
+COUNT_ALL = """
+SELECT count(*), coalesce(sum(messageCount), 0), CAST(total(missingMessages) AS INTEGER)
+FROM rockets"""
 COUNT_BY_STATUS = "SELECT status, count(*) FROM rockets GROUP BY status"
-COUNT_MISSING = "SELECT CAST(total(missing) AS INTEGER) FROM rockets"  # sum() fails beyond 2**63
+COUNT_BY_NAME = """
+SELECT %(field)s, count(*) FROM rockets
+WHERE %(field)s IS NOT NULL GROUP BY %(field)s
+ORDER BY count(*) DESC, %(field)s LIMIT 100"""
 
 # Messages #########################################################################################
 
-# words: what a value must be; read(value): what to keep of it, or None if it breaks the rule.
-Rule = namedtuple("Rule", "words read")
+# A rule returns what is kept of a value, or raises ValueError with what the value must be.
+Rule = Callable[[Any], Any]
+
+MAX_NAME = 256  # characters
+MAX_SPEED = 2**31 - 1
+MAX_SEARCH = 64  # characters, for which all rockets are searched
+MAX_PAGE = 1000  # rockets or messages in one answer
+RFC_3339 = re.compile(
+    r"[0-9]{4}-[0-9]{2}-[0-9]{2}[Tt]([01][0-9]|2[0-3]):[0-9]{2}:[0-9]{2}(\.[0-9]+)?"
+    r"([Zz]|[+-](0[0-9]|1[0-3]):[0-5][0-9]|[+-]14:00)"
+)
+OFFSET = "an offset of at most 14 hours, such as 2022-02-02T19:39:05+01:00"
 
 
 def whole(lowest: int, highest: int) -> Rule:
-    def read(value: Any) -> int | None:
-        return value if type(value) is int and lowest <= value <= highest else None  # no bool
+    """Return a rule for whole numbers."""
 
-    return Rule(f"a whole number from {lowest} to {highest}", read)
+    def rule(value: Any) -> int:
+        is_whole = type(value) is int or (type(value) is float and value.is_integer())  # no bool
+        if not is_whole or not lowest <= value <= highest:
+            raise ValueError(f"a whole number from {lowest} to {highest}")
+        return int(value)
+
+    return rule
 
 
-def text(words: str, pattern: str, keep: Callable[[re.Match], Any] = re.Match.group) -> Rule:
-    fullmatch = re.compile(pattern, re.ASCII).fullmatch
+def text(words: str, pattern: str, keep: Callable[[str], Any] = str) -> Rule:
+    """Return a rule for texts that match a pattern, of which keep() makes what is kept."""
+    fullmatch = re.compile(pattern).fullmatch
 
-    def read(value: Any) -> Any:
-        match = fullmatch(value) if type(value) is str and len(value) <= MAX_TEXT else None
-        return match and keep(match)
+    def rule(value: Any) -> Any:
+        if type(value) is not str or not fullmatch(value):
+            raise ValueError(words)
+        return keep(value)
 
-    return Rule(words, read)
+    return rule
 
 
 def one_of(choices: Iterable[str]) -> Rule:
     return text(f"one of {', '.join(choices)}", "|".join(choices))
 
 
-def digits_up_to(highest: int) -> Rule:
-    limit = whole(0, highest)
-    return text(limit.words, "[0-9]{1,16}", lambda match: limit.read(int(match[0])))
+def digits(lowest: int, highest: int) -> Rule:
+    """Return a rule for whole numbers in a query, which are texts."""
+    in_range = whole(lowest, highest)
+
+    def rule(value: str) -> int:
+        is_number = re.fullmatch("[0-9]{1,16}", value)
+        return in_range(int(value) if is_number else value)
+
+    return rule
 
 
-UUID = r"(?i)(?:urn:uuid:)?(\{)?[0-9a-f]{8}(-?)(?:[0-9a-f]{4}\2){3}[0-9a-f]{12}(?(1)\})"
-HH_MM = r"(?:[01]\d|2[0-3]):[0-5]\d"
-RFC_3339 = rf"(?i)(\d{{4}}-\d\d-\d\d)T({HH_MM}):([0-5]\d)(\.\d+)?(Z|[+-]{HH_MM})"
-
-
-def read_uuid(match: re.Match) -> str:
-    return str(uuid.UUID(match[0].lower()))
-
-
-def read_time(match: re.Match) -> tuple[str, str] | None:
-    """Return a time as it is served, and in UTC, spelled so that texts sort as the instants do."""
-    date, clock, second, fraction, offset = match.groups("")
+def a_time(value: Any) -> str:
     try:
-        instant = datetime.fromisoformat(f"{date}T{clock}{offset.upper()}")
-        utc = instant.astimezone(timezone.utc).isoformat()[:16]  # to the minute
-    except (ValueError, OverflowError):  # no such day, or outside of the years 1 to 9999
-        return None
-    return match[0].upper(), f"{utc}:{second}{fraction.rstrip('0.')}"  # datetime cuts at six digits
+        if type(value) is str and RFC_3339.fullmatch(value):
+            datetime.fromisoformat(value.upper())  # raises ValueError for a 30th of February
+            return value.upper()
+    except ValueError:
+        pass
+    raise ValueError(f"an RFC 3339 time with {OFFSET}")
 
 
-TIME_WORDS = "an RFC 3339 time with an offset and no leap second, such as 2022-02-02T19:39:05+01:00"
-ANY = text(f"a text of at most {MAX_TEXT} characters", r"(?s).*")
-OBJECT = Rule("an object", lambda value: value if type(value) is dict else None)
-NAME_WORDS = f"a text of 1 to {MAX_TEXT} characters, no NUL, no lone surrogate"
-NAME = text(NAME_WORDS, r"[^\0\ud800-\udfff]+")
+def an_object(value: Any) -> dict:
+    if type(value) is not dict:
+        raise ValueError("an object")
+    return value
+
+
+NAME_WORDS = f"a text of 1 to {MAX_NAME} characters, no NUL, no lone surrogate"
+NAME = text(NAME_WORDS, rf"[^\0\ud800-\udfff]{{1,{MAX_NAME}}}")
+UUID = text("a UUID", "[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}", str.lower)
+SEARCH_WORDS = f"a text of at most {MAX_SEARCH} characters"
+SEARCH = text(SEARCH_WORDS, rf"(?s).{{0,{MAX_SEARCH}}}", str.casefold)
 SPEED = whole(0, MAX_SPEED)
 MESSAGE_TYPES = {
     "RocketLaunched": {"type": NAME, "launchSpeed": SPEED, "mission": NAME},
@@ -257,454 +256,312 @@ MESSAGE_TYPES = {
     "RocketExploded": {"reason": NAME},
     "RocketMissionChanged": {"newMission": NAME},
 }
-# UPSERT wants every parameter; a message has only those of its type.
+# The upsert has a parameter for each field of each type. Those of other types are None.
 NO_FIELDS = dict.fromkeys(field for fields in MESSAGE_TYPES.values() for field in fields)
-CHANNEL = {"channel": text("a UUID", UUID, read_uuid)}
-ENVELOPE = {"metadata": OBJECT, "message": OBJECT}
+ENVELOPE = {"metadata": an_object, "message": an_object}
+CHANNEL = {"channel": UUID}
 METADATA = CHANNEL | {
     "messageNumber": whole(1, MAX_NUMBER),
-    "messageTime": text(TIME_WORDS, RFC_3339, read_time),
+    "messageTime": a_time,
     "messageType": one_of(MESSAGE_TYPES),
 }
-LIST_QUERY = {
+PAGE_RULES = {"order": one_of(("asc", "desc")), "limit": digits(1, MAX_PAGE)}
+PAGE_DEFAULTS = {"order": "asc", "limit": MAX_PAGE}
+LIST_RULES = PAGE_RULES | {
     "sort": one_of(SORT_KEYS),
-    "order": one_of(ORDERS),
+    "offset": digits(0, MAX_NUMBER),
     "status": one_of(STATUSES),
-    **dict.fromkeys(("type", "mission", "q"), ANY),
-    "limit": digits_up_to(MAX_PAGE),
-    "offset": digits_up_to(MAX_NUMBER),
+    "type": str,
+    "mission": str,
+    "q": SEARCH,
 }
-LIST_DEFAULTS = {"sort": "channel", "order": "asc", "limit": MAX_PAGE, "offset": 0}
-HISTORY_DEFAULTS = {"after": 0, "limit": 1000}
-HISTORY_QUERY = {"after": digits_up_to(MAX_NUMBER), "limit": digits_up_to(MAX_PAGE)}
+LIST_DEFAULTS = dict.fromkeys(LIST_RULES) | PAGE_DEFAULTS | {"sort": "channel", "offset": 0}
+HISTORY_RULES = PAGE_RULES | {"after": digits(0, MAX_NUMBER), "before": digits(1, MAX_NUMBER + 1)}
+HISTORY_DEFAULTS = PAGE_DEFAULTS | {"after": 0, "before": MAX_NUMBER + 1}
 
 
-def read_fields(holder: Any, rules: dict[str, Rule], name: str = "") -> dict:
-    """Return what rules keep of the fields they name. Raise HTTPError(400) for one they refuse."""
-    if type(holder) is not dict:
-        raise HTTPError(400, f"the body must be an object, got {json.dumps(holder)[:100]}")
-    kept = {field: rule.read(holder.get(field)) for field, rule in rules.items()}
-    for field, value in kept.items():
-        if value is None:
+def read_fields(holder: dict, rules: dict[str, Rule], where: str = "") -> dict:
+    """Return what the rules keep of the fields they name. Raise HTTPError(400) for a bad one."""
+    kept = {}
+    for field, rule in rules.items():
+        try:
+            kept[field] = rule(holder.get(field))
+        except ValueError as error:
             got = json.dumps(holder[field])[:100] if field in holder else "nothing"
-            where = f"{name}.{field}" if name else field
-            raise HTTPError(400, f"{where} must be {rules[field].words}, got {got}")
+            raise HTTPError(400, f"{where}{field} must be {error}, got {got}") from None
     return kept
 
 
-def read_number(digits: str) -> int | float:
-    """Read a number with a fraction or an exponent; `7.0` is whole, as JSON Schema has it."""
-    number = float(digits)
-    return int(number) if number.is_integer() and abs(number) <= MAX_NUMBER else number
-
-
-def depth(body: bytes) -> int:
-    """Return how many objects and arrays lie within each other; brackets in texts don't count."""
-    brackets = re.findall(rb"[\[\]{}]", re.sub(rb'(?s)"(?:[^"\\]|\\.)*"?', b"", body))
-    return max(accumulate(1 if bracket in b"[{" else -1 for bracket in brackets), default=0)
-
-
-# int("NaN") raises ValueError, as NaN and Infinity are no JSON.
-decode = json.JSONDecoder(parse_constant=int, parse_float=read_number).decode
-dump = json.JSONEncoder(separators=(",", ":")).encode
-dump_sorted = json.JSONEncoder(
+decode = json.JSONDecoder(parse_constant=int).decode  # int("NaN") raises ValueError
+encode = json.JSONEncoder(
     ensure_ascii=False, allow_nan=False, separators=(",", ":"), sort_keys=True
 ).encode
 
 
 def parse_message(body: bytes) -> dict:
-    """Turn the body of a POST into the parameters of UPSERT_IF_NEW and ADD_TO_LOG.
+    """Turn the body of a POST into the parameters of UPSERT_IF_NEW and INSERT_MESSAGE.
 
-    Raise HTTPError(400 or 413) that names the field and the rule it breaks.
+    Raise HTTPError(400) that names the field and the rule it breaks.
     """
-    if len(body) > MAX_BODY:
-        raise HTTPError(413, TOO_LARGE)
-    if body.count(b"{") + body.count(b"[") > MAX_DEPTH and depth(body) > MAX_DEPTH:
-        raise HTTPError(400, f"the body must have at most {MAX_DEPTH} levels of objects and arrays")
     try:
-        envelope = read_fields(decode(body.decode("utf-8-sig")), ENVELOPE)  # without a BOM
-        metadata = read_fields(envelope["metadata"], METADATA, "metadata")
+        envelope = decode(body.decode())
+        if type(envelope) is not dict:
+            raise HTTPError(400, "the body must be an object with metadata and message")
+        parts = read_fields(envelope, ENVELOPE)
+        metadata = read_fields(parts["metadata"], METADATA, "metadata.")
         rules = MESSAGE_TYPES[metadata["messageType"]]
-        fields = read_fields(envelope["message"], rules, "message")
-        sent, utc = metadata["messageTime"]
-        content = dump_sorted(envelope["message"])
-        content.encode()  # raises for a lone surrogate
-    except ValueError as error:
-        reason = str(error).partition(";")[0]  # without Python's advice on long numbers
-        why = f"in UTF-8, with finite numbers and whole characters: {reason}"
-        raise HTTPError(400, f"the body must be JSON {why}") from error
-    return NO_FIELDS | fields | metadata | {"messageTime": sent, "utc": utc, "message": content}
-
-
-def parse_logged(row: tuple[str, int, str, str, str]) -> dict:
-    """Turn an entry of the log into the parameters of UPSERT. Raise OSError if it is damaged."""
-    channel, number, sent, kind, message = row
-    try:
-        content = decode(message)
-        fields = {name: content[name] for name in MESSAGE_TYPES[kind]}
-        sent, utc = METADATA["messageTime"].read(sent)
-    except (ValueError, TypeError, LookupError) as error:
-        raise OSError(f"message {number} of {channel} in its log is damaged: {error!r}") from error
-    metadata = {"channel": channel, "messageNumber": number, "messageType": kind}
-    return NO_FIELDS | fields | metadata | {"messageTime": sent, "utc": utc}
+        fields = read_fields(parts["message"], rules, "message.")
+        message = encode(parts["message"] | fields)  # unknown fields are kept
+        message.encode()  # raises ValueError for a lone surrogate
+    except (ValueError, RecursionError) as error:
+        rule = "the body must be JSON in UTF-8, with finite numbers and no lone surrogates"
+        raise HTTPError(400, f"{rule}: {str(error)[:100]}") from error
+    return NO_FIELDS | fields | metadata | {"message": message}
 
 
 # Storage ##########################################################################################
 
+OURS = 0x524B_0000  # "RK" in the upper half of user_version marks a file as ours
+SCHEMA_VERSION = OURS + 5  # of the rockets table; rockets of another version are made anew
+RENAMED_COLUMNS = {"number": "messageNumber", "time": "messageTime", "type": "messageType"}
+PRAGMAS = (
+    "temp_store = MEMORY",  # sorting needs no room on the disk
+    "trusted_schema = ON",  # json_object() may stand in a table, however SQLite was built
+    "secure_delete = OFF",  # a reset writes no zeros, for which there might be no room
+    "synchronous = FULL",  # NORMAL may lose the last commits in a power cut
+    "fullfsync = ON",  # on macOS, empty the drive's cache, too
+    "checkpoint_fullfsync = ON",
+    "journal_size_limit = 16777216",  # bytes that the WAL keeps after it was longer
+)
+RESTORE = "if a backup was copied over it, delete its -wal and copy the backup again"
+LOCK_WAIT = "PRAGMA busy_timeout = 50"  # ms to wait for another program, such as a backup
+NO_WAIT = "PRAGMA busy_timeout = 0"
+LOOK_EVERY = 1  # seconds between two looks whether the files are in place
+
+
+class Unavailable(HTTPError):
+    """The database cannot do what it was asked for: it is locked, full, failing or gone."""
+
+    def __init__(self, why: str):
+        why = f"the database is not available: {why}; try again (messages count only once)"
+        super().__init__(503, why, Retry_After="1")
+
 
 def contains(part: str, *texts: str | None) -> bool:
-    """Tell whether a text holds a part of it, whatever the case (Unicode's case folding)."""
-    return any(part.casefold() in text.casefold() for text in texts if text)
-
-
-def connect(path: str, options: str) -> sqlite3.Connection:
-    """Open a connection, with options of sqlite.org/uri.html."""
-    uri = f"{Path(path).as_uri()}?{options}"
-    connection = sqlite3.connect(uri, timeout=BUSY_TIMEOUT, isolation_level=None, uri=True)
-    connection.create_function("contains", -1, contains)
-    connection.execute("PRAGMA temp_store = MEMORY")  # for sorting, as the disk may be full
-    connection.execute("PRAGMA synchronous = FULL")  # NORMAL may lose the last commits
-    connection.execute("PRAGMA fullfsync = ON")  # on macOS, empty the drive's cache, too
-    connection.execute("PRAGMA checkpoint_fullfsync = ON")
-    return connection
-
-
-def is_as_made(connection: sqlite3.Connection, statement: str) -> bool | None:
-    """Tell whether a table is as a statement makes it; None if no table has its name."""
-    name = statement.split()[2]
-    found = connection.execute("SELECT sql FROM sqlite_master WHERE name = ?", [name]).fetchone()
-    return found and found[0].split() == statement.split()
+    """Tell whether one of the texts contains a part, whatever its case. The part is case-folded."""
+    return any(part in text.casefold() for text in texts if text)
 
 
 def inspect(path: str) -> None:
-    """Raise OSError or sqlite3.Error unless the file can be the database; leave it as it is."""
-    folder, wal = os.path.dirname(path), f"{path}-wal"
-    if not os.access(folder, os.W_OK):
-        why = "may not be written" if os.path.isdir(folder) else "does not exist"
-        raise OSError(f"the folder {folder} {why}")
-    size, wal_size = (os.path.exists(each) and os.path.getsize(each) for each in (path, wal))
-    if size and not os.access(path, os.W_OK):
-        raise OSError("it may not be written")
-    if wal_size and not size:
-        raise OSError(f"it is gone, but {wal} is there")  # which SQLite would delete
-    has_journal = os.path.exists(f"{path}-journal")
-    if not size or (size <= 4096 and has_journal):  # new, or cut short at its first page
-        return
-    # immutable makes no files beside the database, but reads neither its WAL nor its journal
-    with closing(connect(path, "mode=ro" if wal_size else "immutable=1")) as connection:
-        check(connection)
-        # application_id is a random number of each file; here without the WAL (fileformat2.html)
-        with open(path, "rb") as file:
-            id_in_file = int.from_bytes(file.read(72)[68:], "big")  # 0: it is only in the WAL yet
-        ((id_with_wal,),) = connection.execute("PRAGMA application_id")
-        if wal_size and (id_in_file not in (0, id_with_wal) or not is_sound(connection)):
-            why = f"{wal} does not belong to it, or one of them is damaged"
-            raise OSError(f"{why}; to restore a backup, delete {wal} first")
-
-
-def check(connection: sqlite3.Connection) -> None:
-    """Raise OSError unless a database is empty, or one of ours that this version can read."""
-    ((version,),) = connection.execute("PRAGMA user_version")
-    ((tables,),) = connection.execute("SELECT count(*) FROM sqlite_master")
-    if version >> 16 != SCHEMA_VERSION >> 16 and (version or tables):
+    """Raise OSError unless a file is new or ours, before SQLite changes it."""
+    if os.path.exists(f"{path}-wal") and not (os.path.exists(path) and os.path.getsize(path)):
+        raise OSError(f"it is gone, but {path}-wal is there; delete that to start anew")
+    with open(path, "a+b") as file:  # raises OSError if it cannot be written
+        file.seek(0)
+        header = file.read(64)  # ends with the user_version (sqlite.org/fileformat2.html)
+    is_new = not header.strip(b"\0")  # a power cut may leave zeros in a new file
+    if not is_new and header[60:62] != b"RK":
         raise OSError("another program wrote it")
-    if version > SCHEMA_VERSION:
-        raise OSError("a later version of this program wrote it")
-    if is_as_made(connection, MESSAGES_TABLE) is False:
-        raise OSError("its log of messages has a form that this version does not know")
 
 
-def is_sound(connection: sqlite3.Connection) -> bool:
-    """Tell whether SQLite finds no damage, and the rockets agree with the log of messages."""
+def is_named(path: str, opened: os.stat_result) -> bool:
+    """Tell whether an open file still has its name."""
     try:
-        if connection.execute("PRAGMA quick_check(1)").fetchone() != ("ok",):
-            return False
-        if not is_as_made(connection, ROCKETS_TABLE):
-            return True  # they will be rebuilt
-        return bool(connection.execute(LOG_AND_ROCKETS_AGREE).fetchone()[0])
-    except sqlite3.OperationalError:  # of the disk, say
-        raise
-    except sqlite3.DatabaseError:  # damage
+        return os.path.samestat(os.stat(path), opened)
+    except OSError:
         return False
 
 
-class Store:
-    """The rockets and the log of their messages in one SQLite file, for the thread that opened it.
+def connect(path: str) -> sqlite3.Connection:
+    """Open a database file, or make one that is marked as ours."""
+    connection = sqlite3.connect(path, isolation_level=None)
+    connection.create_function("contains", -1, contains)
+    for pragma in PRAGMAS:
+        connection.execute(f"PRAGMA {pragma}")
+    ((version,),) = connection.execute("PRAGMA user_version")
+    if version == 0:  # a new file gets the mark while it has no WAL, so inspect() finds it
+        connection.execute(f"PRAGMA user_version = {OURS}")
+    connection.execute("PRAGMA journal_mode = WAL")  # others may read meanwhile
+    return connection
 
-    Its methods raise sqlite3.Error or OSError if the database can't do what they ask for.
+
+class Store:
+    """The messages and the rockets in one SQLite file, for the thread that opened it.
+
+    Its methods raise Unavailable if the database cannot do what they ask for.
     """
 
     def __init__(self, path: str):
-        """Open or create the file. Raise OSError, and leave the file as it was, if that fails."""
-        self.callbacks: list[Callable[[], None]] | None = None  # None: no transaction under way
-        self.files: dict[str, os.stat_result] = {}  # for verify(), once they are all there
-        self.seen: tuple[int, ...] = ()  # what verify() saw when the files were last in place
+        """Open or create the file. Raise OSError if it cannot be used."""
+        path = os.path.realpath(path)  # SQLite makes its other files beside the target of a link
+        self.is_in_transaction = False
+        self.callbacks: list[Callable[[], None]] = []
         self.commits = 0
-        path = os.path.realpath(path)  # SQLite makes its files beside the target of a link
-        self.folder = os.path.dirname(path)
         try:
             inspect(path)
-            self.connection = connect(path, "mode=rwc")
-            check(self.connection)  # again: opening it may have rolled back a hot journal
-            self.connection.execute("PRAGMA journal_mode = WAL")  # others may read meanwhile
+            self.connection = connect(path)
             self.prepare()
-            self.read(COUNT_ALL)  # finds damage inside
-            self.files = {name: os.stat(name) for name in (path, f"{path}-wal")}
-            self.connection.execute("PRAGMA busy_timeout = 0")  # one thread serves all
-        except (sqlite3.Error, OSError) as error:
+        except (Unavailable, sqlite3.Error, OSError) as error:
             raise OSError(f"cannot use {path} as the database: {error}") from error
+        self.execute(LOCK_WAIT)
+        self.opened_at = time.time()
+        self.files = {name: os.stat(name) for name in (path, f"{path}-wal", f"{path}-shm")}
+        self.looked_at, self.are_files_there = time.monotonic(), True
 
     def prepare(self) -> None:
-        """Make the tables; rockets that another version made are rebuilt from the log."""
-        version = self.connection.execute("PRAGMA user_version").fetchone()
-        tables = (MESSAGES_TABLE, ROCKETS_TABLE)
-        if version == (SCHEMA_VERSION,) and all(is_as_made(self.connection, t) for t in tables):
-            return
-        began = time.monotonic()
-        with self.transaction():
-            self.connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")  # takes the lock
-            if is_as_made(self.connection, MESSAGES_TABLE) is None:
-                random_id = int.from_bytes(os.urandom(3), "big")
-                self.connection.execute(f"PRAGMA application_id = {random_id}")
-                self.connection.execute(MESSAGES_TABLE)
-            self.connection.execute("DROP TABLE IF EXISTS rockets")
-            self.connection.execute(ROCKETS_TABLE)
-            ((count,),) = self.read("SELECT count(*) FROM messages")
-            logged = map(parse_logged, self.connection.execute(SELECT_LOG))
-            self.connection.executemany(UPSERT, show_progress(logged, count))
+        """Make the tables if they are not there. Raise OSError if this version cannot use them."""
+        ((version,),) = self.execute("PRAGMA user_version")
+        if version > SCHEMA_VERSION:
+            raise OSError("a later version of this program wrote it")
+        if version < SCHEMA_VERSION:
+            with self.transaction():
+                self.rebuild(version)
+        try:
+            ((stored, counted),) = self.execute(SUMS)
+        except sqlite3.DatabaseError as error:  # it is damaged
+            raise OSError(f"{error}; {RESTORE}") from error
+        if stored != counted:
+            raise OSError(f"it holds {stored} messages, but its rockets have {counted}; {RESTORE}")
+
+    def rebuild(self, version: int) -> None:
+        """Make the rockets anew from the messages, whose table is of the given version."""
+        self.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")  # first, as it takes the lock
+        if OURS < version < OURS + 5:  # then these columns had other names
+            for old, new in RENAMED_COLUMNS.items():
+                self.execute(f"ALTER TABLE messages RENAME COLUMN {old} TO {new}")
+        self.execute(CREATE_MESSAGES)
+        self.execute("DROP TABLE IF EXISTS rockets")
+        self.execute(CREATE_ROCKETS)
+        ((count,),) = self.execute("SELECT count(*) FROM messages")
         if count:
-            took = time.monotonic() - began
-            log.warning("rebuilt the rockets from %d messages in %.1f s", count, took)
+            log.warning("making the rockets from %d messages", count)
+            self.connection.executemany(UPSERT, self.stored())
+            log.warning("made the rockets from %d messages", count)
+
+    def stored(self) -> Iterator[dict]:
+        """Yield the parameters of UPSERT for each message. Today's limits do not matter."""
+        for *metadata, message in self.connection.execute(SELECT_STORED):
+            content, row = json.loads(message), dict(zip(METADATA, metadata))
+            fields = {field: content[field] for field in MESSAGE_TYPES[row["messageType"]]}
+            yield NO_FIELDS | fields | row
 
     def reset(self) -> None:
-        """Forget all rockets and all messages."""
+        """Forget all messages and rockets, and give their room back to the disk."""
         with self.transaction():
-            self.connection.execute("DELETE FROM rockets")
-            self.connection.execute("DELETE FROM messages")
+            self.execute("DELETE FROM messages")
+            self.execute("DELETE FROM rockets")
+        self.execute("VACUUM")
+        self.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
+    def execute(self, sql: str, parameters: dict | tuple = ()) -> list[tuple]:
+        """Run a statement and return its rows."""
+        try:
+            return self.connection.execute(sql, parameters).fetchall()
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode == sqlite3.SQLITE_ERROR:  # a mistake in the SQL
+                raise
+            if error.sqlite_errorcode == sqlite3.SQLITE_BUSY:
+                self.connection.execute(NO_WAIT)  # a lock that stays holds up nobody else
+            raise Unavailable(str(error)) from error
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        """Commit what is done within, or roll it back; be part of the transaction under way."""
-        if self.callbacks is not None:
+        """Commit what is done within, or roll it back. Within another transaction, join it."""
+        if self.is_in_transaction:
             yield
             return
-        self.connection.execute("BEGIN")
-        callbacks = self.callbacks = []
+        self.is_in_transaction, self.callbacks = True, []
         changes = self.connection.total_changes
         try:
+            self.execute("BEGIN")
             yield
-            self.connection.execute("COMMIT")
-            self.verify()  # last, as the files may be replaced until the commit is done
+            self.execute("COMMIT")
         finally:
-            self.callbacks = None
+            self.is_in_transaction = False
             if self.connection.in_transaction:
-                self.connection.execute("ROLLBACK")
-        self.commits += self.connection.total_changes > changes
-        for callback in callbacks:
+                self.connection.rollback()
+        if self.connection.total_changes > changes:
+            self.commits += 1
+            self.execute(LOCK_WAIT)
+        for callback in self.callbacks:
             callback()
 
     def on_commit(self, callback: Callable[[], None]) -> None:
-        """Call back once the transaction under way is committed, never if that fails.
-
-        At once if there is none, as when a request is asked about by itself.
-        """
-        if self.callbacks is None:
-            callback()
-        else:
+        """Call back after the commit. So nothing that is rolled back is counted or logged."""
+        if self.is_in_transaction:
             self.callbacks.append(callback)
-
-    def verify(self) -> None:
-        """Raise OSError unless the files are those that were opened, lest a deleted one be used.
-
-        They are looked at if their folder has changed, and once per LOOK_AGAIN. Not each time: a
-        file gets a new timestamp with its first write after a stat(), which is 7 % of a commit.
-        """
-        now, folder = time.time_ns(), os.stat(self.folder)
-        seen = folder.st_dev, folder.st_ino, folder.st_ctime_ns, now // LOOK_AGAIN
-        if seen == self.seen:
-            return
-        for name, opened in self.files.items():
-            if not os.path.samestat(os.stat(name), opened):
-                raise OSError(f"another file has the name {name}")
-        if folder.st_ctime_ns < now - CLOCK_STEP:  # else the next change may have the same time
-            self.seen = seen
+        else:
+            callback()
 
     def apply(self, message: dict) -> str:
-        """Count and keep a message; return 'applied', 'duplicate' or 'conflicting'."""
+        """Count and keep a message. Return 'applied', 'duplicate' or 'conflicting'."""
+        self.check_files()
         with self.transaction():
-            if self.connection.execute(UPSERT_IF_NEW, message).rowcount:
-                self.connection.execute(ADD_TO_LOG, message)
+            if self.execute(UPSERT_IF_NEW, message):
+                self.execute(INSERT_MESSAGE, message)
                 return "applied"
-            ((same,),) = self.connection.execute(IS_SAME, message)
-            return "duplicate" if same else "conflicting"
+            ((is_same,),) = self.execute(IS_SAME, message)
+            return "duplicate" if is_same else "conflicting"
 
-    def read(self, sql: str, **parameters: Any) -> list[tuple]:
-        """Return the rows that a query yields."""
-        rows = self.connection.execute(sql, parameters).fetchall()
-        self.verify()
-        return rows
+    def check_files(self) -> None:
+        """Raise Unavailable unless the open files still have their names. Look once a second."""
+        now = time.monotonic()
+        if now >= self.looked_at + LOOK_EVERY:  # a look at the WAL makes the next commit slower
+            self.looked_at = now
+            self.are_files_there = all(map(is_named, self.files, self.files.values()))
+        if not self.are_files_there:
+            raise Unavailable("a file of the database was deleted, moved or replaced")
 
-    def read_json(self, sql: str, budget: float = float("inf"), **parameters: Any) -> list[bytes]:
-        """Return the JSON texts that a query yields; stop after the one that exceeds the budget."""
-        texts: list[bytes] = []
-        for (text,) in self.connection.execute(sql, parameters):
-            texts.append(text)
-            budget -= len(text)  # bytes
-            if budget < 0:
-                break
-        self.verify()
-        return texts
+    def probe(self) -> None:
+        """Commit without a change, to find out whether messages can be stored."""
+        self.check_files()
+        with self.transaction():
+            self.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
 
-    def state(self) -> str:
-        """Return a text that changes with each commit, be it of this process or of another one."""
-        ((others,),) = self.read("PRAGMA data_version")
-        return f"{others}-{self.connection.total_changes}"
+    def tag(self) -> str:
+        """Return an ETag that changes with each commit, of this process or of another one."""
+        ((commits_of_others,),) = self.execute("PRAGMA data_version")
+        return f'"{self.opened_at}-{commits_of_others}-{self.connection.total_changes}"'
 
     def close(self) -> None:
-        """Close the connection, which folds the write-ahead log into the file."""
+        """Close the file. SQLite then moves the content of its WAL into it."""
         self.connection.close()
-
-
-def show_progress(items: Iterable, count: int) -> Iterator:
-    """Yield the items; on a terminal, show once a second how many of them are done."""
-    shown = time.monotonic()
-    for done, item in enumerate(items, 1):
-        yield item
-        if time.monotonic() >= shown + 1 and sys.stderr.isatty():
-            shown = time.monotonic()
-            bar = "#" * (40 * done // count)
-            line = f"[{bar:40}] {done:,} of {count:,} messages"
-            print(line, end="\r", file=sys.stderr, flush=True)
 
 
 # HTTP #############################################################################################
 
+STATIC = Path(__file__).resolve().parent / "static"
+PAGES = {"/": "index.html", "/docs": "docs.html", "/openapi.json": "openapi.json"}
+MAX_BODY = 16 * 1024  # bytes; a real message has about 300, a larger body gets a 413
 OUTCOMES = ("applied", "duplicate", "conflicting", "rejected", "failed")  # of a message
-BUCKETS = "0.001 0.0025 0.005 0.01 0.025 0.05 0.1 0.25 0.5 1 2.5 5 +Inf".split()  # seconds
-TITLES = HTTP_CODES | {413: "Content Too Large"}  # as RFC 9110 has it; Python before 3.13 has not
-JSON, PROBLEM = "application/json", "application/problem+json"
-HTML, METRICS = "text/html; charset=utf-8", "text/plain; version=0.0.4; charset=utf-8"
-BASE_HEADERS = {"X-Content-Type-Options": "nosniff"}  # keeps browsers from taking JSON for a page
-PUBLIC_HEADERS = BASE_HEADERS | {"Access-Control-Allow-Origin": "*"}
-PUBLIC_HEADERS |= {"Access-Control-Expose-Headers": "ETag, Link"}
-CONFLICT = "message %(messageNumber)d of %(channel)s is known; ignored: %(messageType)s %(message)a"
+JSON = "application/json"
+PROBLEM = "application/problem+json"
+METRICS = "text/plain; version=0.0.4; charset=utf-8"
+# Python's own table depends on the system, which may call a script plain text.
+CONTENT_TYPES = {".css": "text/css", ".html": "text/html", ".js": "text/javascript", ".json": JSON}
+HEADERS = {
+    "Cache-Control": "no-cache",  # ask again each time, with If-None-Match
+    "X-Content-Type-Options": "nosniff",  # keeps browsers from taking JSON for a page
+}
+REPORT = "a message of %s is %s: %.300s"
+CONFLICT = "message {messageNumber} of {channel} is known; ignored: {messageType} {message!a:.100}"
+UNKNOWN = "no message has come on this channel"
 
 
-class Outcomes:
-    """What became of messages, by their final answers: for /metrics, /health and the log."""
-
-    def __init__(self):
-        self.counts = dict.fromkeys(OUTCOMES, 0)
-        self.durations = [0] * len(BUCKETS)
-        self.seconds = 0.0
-        self.failed_at: float | None = None  # time of the last failure; None once one is stored
-
-    def add(self, outcome: str, began: float, about: Any) -> None:
-        """Count an outcome, and log what needs attention; about: the message, or its error."""
-        now = time.perf_counter()
-        self.counts[outcome] += 1
-        self.durations[bisect_left(BUCKETS, now - began, key=float)] += 1  # key: of BUCKETS
-        self.seconds += now - began
-        if outcome == "conflicting":
-            log.warning(CONFLICT, about)
-        elif outcome == "failed":
-            if self.failed_at is None:
-                log.error("messages can't be stored: %a", str(about))
-            self.failed_at = now
-        elif outcome == "applied" and self.failed_at is not None:
-            log.warning("messages are stored again")
-            self.failed_at = None
+def headers_of(content_type: str) -> dict[str, str]:
+    """Return the headers that every answer has."""
+    may_read = {} if request.method == "POST" else {"Access-Control-Allow-Origin": "*"}
+    return HEADERS | may_read | {"Content-Type": content_type}
 
 
-def failures_are_503(handler: Callable) -> Callable:
-    """Make failures of the database a 503, but not our own mistakes. A Bottle plugin."""
-
-    def handle(**arguments: str) -> Any:
-        try:
-            return handler(**arguments)
-        except (sqlite3.IntegrityError, sqlite3.ProgrammingError):
-            raise
-        except (sqlite3.Error, OSError) as error:
-            if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_ERROR:  # wrong SQL
-                raise
-            why = f"the database is not available: {error}; try again (messages count only once)"
-            raise HTTPError(503, why, Retry_After="1") from error
-
-    return handle
-
-
-def render(status: int, detail: str) -> str:
-    return json.dumps({"title": TITLES[status], "status": status, "detail": detail}) + "\n"
-
-
-def problem(error: HTTPError) -> str:
-    """Render an error as RFC 9457 asks; answer OPTIONS, which is no error but has no route."""
-    status, detail = error.status_code, error.body
-    allow = response.headers.get("Allow", "").replace("GET", "GET,HEAD")  # Bottle's, of a 405
-    is_public = request.method != "POST" and allow != "POST"  # to post is for our own pages
-    response.headers.update(PUBLIC_HEADERS if is_public else BASE_HEADERS)
-    response.headers["Content-Type"] = PROBLEM
-    if status == 405:
-        response.headers["Allow"] = allow
-        detail = f"{request.path} takes {allow}, not {request.method}"
-        if request.method == "OPTIONS":
-            response.status = 204  # so Bottle drops what is returned
-            response.headers["Access-Control-Allow-Headers"] = "*" if is_public else ""
-    return render(status, detail)
-
-
-def read_query(rules: dict[str, Rule]) -> dict:
-    """Return the query parameters that the rules name. Raise HTTPError(400) for one that is bad."""
-    pairs = parse_qsl(request.query_string, keep_blank_values=True)
-    query = dict(pairs)
-    if len(query) < len(pairs):
-        raise HTTPError(400, "a query parameter must come only once")
-    return read_fields(query, {name: rule for name, rule in rules.items() if name in query})
-
-
-def check_headers() -> None:
-    """Raise HTTPError for a POST by a page of another site, or with a body that is not for us."""
-    header = request.environ.get
-    site, origin = header("HTTP_SEC_FETCH_SITE"), header("HTTP_ORIGIN")
-    if site is None and origin:  # over plain HTTP, browsers send Sec-Fetch-Site to localhost only
-        own = origin.partition("://")[2] == header("HTTP_HOST")
-        site = "same-origin" if own else "cross-site"
-    if site in ("cross-site", "same-site"):
-        raise HTTPError(403, "a page of another site must not post messages")
-    if (coding := header("HTTP_CONTENT_ENCODING", "").lower()) not in ("", "identity"):
-        why = f"the body must come as it is, not as {coding}"
-        raise HTTPError(415, why, Accept_Encoding="identity")
-    if request.content_length > MAX_BODY:  # before Bottle reads it, into a file if it is large
-        raise HTTPError(413, TOO_LARGE)
-
-
-def getter(make: Callable, kind: str = JSON, tag: Callable[[], str] = lambda: "") -> Callable:
-    """Return a handler that answers a GET with what make() returns, or a 404 if that is empty.
-
-    If the client holds the tag, the answer is a 304 (RFC 9110, 13.1.2) without a call of make().
-    """
-
-    def handle(**arguments: str) -> bytes:
-        current = tag()  # "" is in no If-None-Match
-        if_none_match = request.environ.get("HTTP_IF_NONE_MATCH", "")
-        is_current = current in re.findall('"[^"]*"', if_none_match)
-        body = b"" if is_current else make(**arguments)
-        if not body and not is_current:
-            raise HTTPError(404, "no message has come on this channel")
-        response.headers.update(PUBLIC_HEADERS)
-        response.headers.update({"Content-Type": kind, "Cache-Control": "no-cache"})
-        if current:
-            response.headers["ETag"] = current
-        if is_current or (current and if_none_match.strip() == "*"):  # "*": make() found something
-            response.status = 304
-        return body + b"\n"
-
-    return handle
+def dump(value: Any) -> str:
+    return json.dumps(value) + "\n"
 
 
 def with_array(members: dict, name: str, items: list[bytes]) -> bytes:
-    """Return a JSON object with an array of items that are JSON already as its last member."""
-    return b'%b,"%b":[%b]}' % (dump(members)[:-1].encode(), name.encode(), b",".join(items))
+    """Return a JSON object whose last member is an array of items that are JSON already."""
+    head = json.dumps(members)[:-1]
+    return b'%b, "%b": [%b]}\n' % (head.encode(), name.encode(), b",".join(items))
 
 
 def samples(name: str, label: str, values: dict[str, int]) -> str:
@@ -712,199 +569,276 @@ def samples(name: str, label: str, values: dict[str, int]) -> str:
     return "\n".join(f'{name}{{{label}="{key}"}} {value}' for key, value in values.items())
 
 
+def render(status: int, detail: str) -> str:
+    """Return the body of an error as RFC 9457 asks."""
+    return dump({"title": HTTP_CODES[status], "status": status, "detail": detail})
+
+
+def problem(error: HTTPError) -> str:
+    """Answer with an error. Bottle calls this for every one."""
+    detail = error.body
+    if error.status_code == 405:
+        detail = f"{request.path} takes {response.headers['Allow']}, not {request.method}"
+    response.headers.update(headers_of(PROBLEM))
+    return render(error.status_code, detail)
+
+
+def read_query(rules: dict[str, Rule]) -> dict:
+    """Return the parameters of the query. Raise HTTPError(400) for a bad or unknown one."""
+    pairs = parse_qsl(request.query_string, keep_blank_values=True)
+    given = dict(pairs)
+    if len(given) < len(pairs):
+        raise HTTPError(400, "each parameter must come only once")
+    for name in given.keys() - rules.keys():
+        known = ", ".join(rules) or "no parameters"
+        raise HTTPError(400, f"the parameter {name[:100]!a} is unknown; this address has {known}")
+    return read_fields(given, {name: rules[name] for name in given})
+
+
+def link_to_next(given: dict, **changed: int) -> None:
+    """Say where the list goes on (RFC 8288), relative to the address that was asked for."""
+    response.headers["Link"] = f'<?{urlencode(given | changed)}>; rel="next"'
+
+
+def read_message() -> dict:
+    """Return the message that is posted. Raise HTTPError for one that must not be stored."""
+    origin = request.get_header("Origin")  # browsers tell it with each POST
+    if origin and origin.partition("://")[2] != request.get_header("Host"):
+        raise HTTPError(403, "a page of another site must not post messages")
+    body = request.body.read(MAX_BODY + 1)
+    if len(body) > MAX_BODY:
+        raise HTTPError(413, f"the body must be at most {MAX_BODY} bytes long")
+    return parse_message(body)
+
+
+def get_file(path: str) -> HTTPResponse:
+    kind = CONTENT_TYPES.get(Path(path).suffix, "application/octet-stream")
+    return static_file(path, STATIC, mimetype=kind, etag=False, headers=headers_of(kind))
+
+
 class Api:
-    """The handlers of all that the store answers."""
+    """The handlers of all requests, on top of a store."""
 
     def __init__(self, store: Store):
-        self.store, self.outcomes, self.started = store, Outcomes(), time.time()
-        self.metrics = (STATIC / "metrics.txt").read_text().rstrip()
-        head = BASE_HEADERS | {"Content-Type": JSON}
-        self.applied = HTTPResponse('{"status": "applied"}\n', 202, head)
-        self.duplicate = HTTPResponse('{"status": "duplicate"}\n', 202, head)
+        self.store = store
+        self.started_at = time.time()
+        self.outcomes = dict.fromkeys(OUTCOMES, 0)
+        self.seconds = 0.0  # that POSTs took, with their commits
+        headers = HEADERS | {"Content-Type": JSON}
+        self.receipts = {
+            status: HTTPResponse(dump({"status": status}), 202, headers)
+            for status in ("applied", "duplicate")
+        }
+        self.is_failing = False  # whether the last message that had to be stored was not
+        self.metrics = (STATIC / "metrics.txt").read_text()
 
-    def tag(self) -> str:
-        """Return an ETag of this address, this state, and this life of the process."""
-        address = zlib.crc32(f"{request.path}?{request.query_string}".encode())
-        return f'"{self.started}-{self.store.state()}-{address}"'
+    def check_tag(self) -> None:
+        """Set the ETag. Raise a 304 for a client that has it already (RFC 9110, 13.1.2)."""
+        tag = self.store.tag()
+        headers = headers_of(JSON) | {"ETag": tag}
+        if tag in request.get_header("If-None-Match", ""):
+            raise HTTPResponse(status=304, headers=headers)
+        response.headers.update(headers)
 
     def post_message(self) -> HTTPResponse:
-        began, outcome, about = time.perf_counter(), "rejected", None
+        began, client = time.perf_counter(), request.environ["REMOTE_ADDR"]
         try:
-            check_headers()
-            about = parse_message(request.body.read(MAX_BODY + 1))
-            outcome = "failed"  # unless apply() returns
-            outcome = self.store.apply(about)
-        except Exception as error:
-            about = error
+            message = read_message()
+            outcome = self.store.apply(message)
+        except HTTPError as error:
+            outcome = "failed" if isinstance(error, Unavailable) else "rejected"
+            self.store.on_commit(partial(self.count, outcome, began))
+            self.store.on_commit(partial(log.warning, REPORT, client, outcome, error.body))
             raise
-        finally:
-            self.store.on_commit(partial(self.outcomes.add, outcome, began, about))
-        return self.applied if outcome == "applied" else self.duplicate
+        self.store.on_commit(partial(self.count, outcome, began))
+        if outcome == "conflicting":
+            why = CONFLICT.format_map(message)
+            self.store.on_commit(partial(log.warning, REPORT, client, outcome, why))
+        return self.receipts["applied" if outcome == "applied" else "duplicate"]
+
+    def count(self, outcome: str, began: float) -> None:
+        self.outcomes[outcome] += 1
+        self.seconds += time.perf_counter() - began
+        if outcome in ("applied", "failed"):
+            self.is_failing = outcome == "failed"
 
     def get_rockets(self) -> bytes:
-        given = read_query(LIST_QUERY)
-        query = dict.fromkeys(LIST_QUERY) | LIST_DEFAULTS | given
-        sort, order, limit, offset = map(query.get, ("sort", "order", "limit", "offset"))
-        rockets = self.store.read_json(SELECT_ROCKETS[sort, order], **query)
-        count = len(rockets)
-        total = end = offset + count
-        if count in (0, limit):  # the offset may be past the end, or more may follow
-            ((total,),) = self.store.read(COUNT_MATCHING, **query)
-        if count and end < total:
-            rest = urlencode(given | {"offset": end})
-            response.headers["Link"] = f'</rockets?{rest}>; rel="next"'  # RFC 8288
-        members = {"count": count, "total": total, "sortBy": sort, "order": order}
+        given = read_query(LIST_RULES)
+        self.check_tag()
+        query = LIST_DEFAULTS | given
+        sort, order = query["sort"], query["order"]
+        select = SELECT_ROCKETS % {"key": SORT_KEYS[sort], "order": order}
+        rockets = [rocket for (rocket,) in self.store.execute(select, query)]
+        ((total,),) = self.store.execute(COUNT_MATCHING, query)
+        end = query["offset"] + len(rockets)
+        if rockets and end < total:
+            link_to_next(given, offset=end)
+        members = {"count": len(rockets), "total": total, "sort": sort, "order": order}
         return with_array(members, "rockets", rockets)
 
     def get_rocket(self, channel: str) -> bytes:
         key = read_fields({"channel": channel}, CHANNEL)
-        return b"".join(self.store.read_json(SELECT_ROCKET, **key))
+        read_query({})
+        self.check_tag()
+        for (rocket,) in self.store.execute(SELECT_ROCKET, key):
+            return rocket + b"\n"
+        raise HTTPError(404, UNKNOWN)
 
-    def get_history(self, channel: str) -> bytes:
+    def get_messages(self, channel: str) -> bytes:
         key = read_fields({"channel": channel}, CHANNEL)
-        query = HISTORY_DEFAULTS | read_query(HISTORY_QUERY)
-        messages = self.store.read_json(SELECT_HISTORY, MAX_HISTORY, **key, **query)
-        if not messages and not self.store.read_json(SELECT_ROCKET, **key):
-            return b""
-        return with_array(key | {"count": len(messages)}, "messages", messages)
+        given = read_query(HISTORY_RULES)
+        self.check_tag()
+        totals = self.store.execute(COUNT_MESSAGES, key)
+        if not totals:
+            raise HTTPError(404, UNKNOWN)
+        query = HISTORY_DEFAULTS | given
+        order, limit = query["order"], query["limit"]
+        one_more = key | query | {"limit": limit + 1}
+        rows = self.store.execute(SELECT_MESSAGES % {"order": order}, one_more)
+        page = rows[:limit]
+        if len(rows) > limit:
+            edge = "after" if order == "asc" else "before"
+            link_to_next(given, **{edge: page[-1][0]})
+        members = key | {"count": len(page), "total": totals[0][0], "order": order}
+        return with_array(members, "messages", [message for _, message in page])
 
-    def get_health(self) -> bytes:
-        failed = self.outcomes.failed_at
-        if failed is not None and time.perf_counter() < failed + FAILURE_SHOWN:
-            raise OSError("a message could not be stored, and no new one was since")
-        ((rockets, messages),) = self.store.read(COUNT_ALL)
-        return dump({"status": "ok", "rockets": rockets, "messages": messages}).encode()
+    def count_statuses(self) -> dict[str, int]:
+        return dict.fromkeys(STATUSES, 0) | dict(self.store.execute(COUNT_BY_STATUS))
 
-    def get_metrics(self) -> bytes:
-        fleet = dict(self.store.read(COUNT_BY_STATUS))
-        buckets = dict(zip(BUCKETS, accumulate(self.outcomes.durations), strict=True))
-        values = {
-            "messages": samples("rockets_messages_total", "outcome", self.outcomes.counts),
-            "commits": self.store.commits,
-            "buckets": samples("rockets_post_duration_seconds_bucket", "le", buckets),
-            "seconds": self.outcomes.seconds,
-            "count": buckets["+Inf"],
-            "fleet": samples("rockets_fleet", "status", dict.fromkeys(STATUSES, 0) | fleet),
-            "missing": self.store.read(COUNT_MISSING)[0][0],
-            "version": VERSION,
-            "started": self.started,
-        }
-        return (self.metrics % values).encode()
+    def count_names(self, field: str) -> list[dict]:
+        counts = self.store.execute(COUNT_BY_NAME % {"field": field})
+        return [{field: name, "rockets": count} for name, count in counts]
+
+    def get_fleet(self) -> str:
+        read_query({})
+        self.check_tag()
+        ((rockets, messages, missing),) = self.store.execute(COUNT_ALL)
+        fleet = {"rockets": rockets, "messages": messages, "missingMessages": missing}
+        fleet["statuses"] = self.count_statuses()
+        fleet["types"], fleet["missions"] = map(self.count_names, ("type", "mission"))
+        return dump(fleet)
+
+    def get_health(self) -> str:
+        read_query({})
+        response.headers.update(headers_of(JSON))
+        if self.is_failing:
+            self.store.probe()
+            self.store.on_commit(partial(setattr, self, "is_failing", False))
+        ((rockets, messages, _),) = self.store.execute(COUNT_ALL)
+        return dump({"status": "ok", "rockets": rockets, "messages": messages})
+
+    def get_metrics(self) -> str:
+        read_query({})
+        response.headers.update(headers_of(METRICS))
+        ((_, _, missing),) = self.store.execute(COUNT_ALL)
+        return self.metrics.format(
+            api=self,
+            version=VERSION,
+            missing=missing,
+            posts=sum(self.outcomes.values()),
+            messages=samples("rockets_messages_total", "outcome", self.outcomes),
+            fleet=samples("rockets_fleet", "status", self.count_statuses()),
+        )
 
 
 def create_app(store: Store) -> Bottle:
     """Return the service on top of a store, as a WSGI application."""
-    app, api = Bottle(), Api(store)
+    app, api, get = Bottle(), Api(store), ["GET", "HEAD"]
     app.default_error_handler = problem
-    app.install(failures_are_503)
-    app.post("/messages", callback=api.post_message)
-    app.get("/rockets", callback=getter(api.get_rockets, JSON, api.tag))
-    app.get("/rockets/<channel>", callback=getter(api.get_rocket, JSON, api.tag))
-    app.get("/rockets/<channel>/messages", callback=getter(api.get_history, JSON, api.tag))
-    app.get("/health", callback=getter(api.get_health))
-    app.get("/metrics", callback=getter(api.get_metrics, METRICS))
-    for path, file, kind in ("/", "dashboard.html", HTML), ("/openapi.json", "openapi.json", JSON):
-        page = (STATIC / file).read_bytes().rstrip()
-        tag = f'"{zlib.crc32(page)}"'
-        app.get(path, callback=getter(lambda page=page: page, kind, lambda tag=tag: tag))
+    app.route("/messages", "POST", api.post_message)
+    app.route("/rockets", get, api.get_rockets)
+    app.route("/rockets/<channel>", get, api.get_rocket)
+    app.route("/rockets/<channel>/messages", get, api.get_messages)
+    app.route("/fleet", get, api.get_fleet)
+    app.route("/health", get, api.get_health)
+    app.route("/metrics", get, api.get_metrics)
+    app.route("/static/<path:path>", get, get_file)
+    for path, file in PAGES.items():
+        app.route(path, get, partial(get_file, file))
     return app
 
 
 # Server ###########################################################################################
 
+MAX_CONNECTIONS = 200  # at a time; macOS allows a process 256 open files
+MAX_TURN = 32  # requests that are answered together
+MAX_BLANKS = 64  # in a row in a header; waitress takes quadratic time for them
+SILENCE = 30  # seconds after which a connection that neither sends nor reads is closed
+IDLE = 0.2  # seconds until a signal to stop is noticed while nothing comes
+GRACE_PERIOD = 4  # seconds after a signal to stop in which requests under way are answered
 WAITRESS = {
     "ident": "rockets",
-    "clear_untrusted_proxy_headers": False,  # the app reads none of them
     "threads": 0,  # the loop's own thread does all
-    "max_request_body_size": MAX_READ + 1,  # bytes; waitress refuses so many and more
-    "inbuf_overflow": sys.maxsize,  # bytes; no temporary files, as the disk may be full
-    "outbuf_overflow": sys.maxsize,
+    "clear_untrusted_proxy_headers": False,  # the app reads none of them
+    "connection_limit": MAX_CONNECTIONS + 3,  # two listeners, and a newcomer to make room for
+    "max_request_header_size": 16 * 1024,  # bytes; a larger one gets a 431
+    "max_request_body_size": 64 * 1024 + 1,  # bytes; so much is read, so that a 413 is seen
+    "outbuf_overflow": sys.maxsize,  # bytes; no temporary files, as the disk may be full
     "outbuf_high_watermark": sys.maxsize,  # bytes; nothing waits for a client to read
 }
-NO_HTTP = "this is neither HTTP/1.0 nor HTTP/1.1"
-REQUEST_LINE = re.compile(rb"[!-~]+ [!-~\x80-\xff]+ HTTP/1\.[01]\r\n")
-REQUEST_LINE_SO_FAR = re.compile(rb"[!-~]*( [!-~\x80-\xff]*( [/.01HPT]{0,8}\r?)?)?")  # roughly
-CODINGS = re.compile(rb"(?m)^transfer-encoding:(.*)\r$")  # waitress drops it from the headers
+BLANKS = re.compile(rb"[ \t]{%d}" % MAX_BLANKS)
+CODINGS = re.compile(rb"(?im)^transfer-encoding:(.*)")
 
 
 class Request(HTTPRequestParser):
-    """A request of waitress that also keeps the rules of RFC 9112 which waitress leaves out."""
+    """A request of waitress that is stricter where the contract, or RFC 9112, asks for it."""
 
     def received(self, data: bytes) -> int:
-        consumed = super().received(data)
-        if not self.headers_finished:
-            head = self.header_plus.lstrip(b"\r\n")  # all that has come so far
-            if not (REQUEST_LINE.match(head) or REQUEST_LINE_SO_FAR.fullmatch(head)):
-                self.error, self.completed = BadRequest(NO_HTTP), True  # a TLS greeting, say
-        if self.expect_continue and self.content_length > MAX_BODY:  # a 413 in place of the 100
-            self.error, self.completed = RequestEntityTooLarge(TOO_LARGE), True
-        if self.completed:
-            self.expect_continue = False  # else waitress sends a 100, and takes it for incomplete
-        return consumed
+        """Take in data, and return how many bytes of it were used. waitress calls this."""
+        is_first = not self.header_plus and not self.headers_finished
+        if is_first and data[:1] in b"\r\n":  # empty lines before a request (section 2.2)
+            return len(data) - len(data.lstrip(b"\r\n"))
+        if is_first and not data[:1].isalpha():  # it may be a TLS greeting
+            self.error = BadRequest("this is no HTTP")
+            self.completed = True
+            return len(data)
+        return super().received(data)
 
     def parse_header(self, header_plus: bytes) -> None:
-        if not REQUEST_LINE.match(header_plus):
-            raise ParsingError(NO_HTTP)
-        if b"\r\n " in header_plus or b"\r\n\t" in header_plus:
-            raise ParsingError("a header must not be folded (RFC 9112, 5.2)")
+        """Parse the first line and the headers. Raise ParsingError for a 400."""
+        codings = [coding.strip(b" \t\r").lower() for coding in CODINGS.findall(header_plus)]
+        if BLANKS.search(header_plus):
+            raise ParsingError(f"a header must have less than {MAX_BLANKS} blanks in a row")
+        if codings and codings != [b"chunked"]:
+            raise ParsingError("Transfer-Encoding must be a single chunked (section 6.1)")
         try:
             super().parse_header(header_plus)
-        except (ValueError, TransferEncodingNotImplemented) as error:  # 400, not a crash or a 501
+        except ValueError as error:  # in an address, or of a number with thousands of digits
             raise ParsingError(str(error)) from error
-        headers, is_old = self.headers, self.version == "1.0"
-        host = headers.get("HOST")
-        codings = [coding.strip(b" \t") for coding in CODINGS.findall(header_plus.lower())]
-        if (host is None and not is_old) or re.search(r"[\s,/?#@]", host or ""):  # two get a comma
-            raise ParsingError("there must be exactly one Host (RFC 9112, 3.2)")
-        if codings and (is_old or codings != [b"chunked"] or "CONTENT_LENGTH" in headers):
-            raise ParsingError("this is no way to frame a body (RFC 9112, 6.1)")
-        option = headers.get("CONNECTION", "").lower()
-        if "," in option:  # a list (RFC 9112, 9.6), of which waitress knows one word
-            known = {"close", "keep-alive"}.intersection(re.split(r"[ \t,]+", option))
-            headers["CONNECTION"] = min(known, default="")  # close, where both are there
+        if codings and (self.version != "1.1" or "CONTENT_LENGTH" in self.headers):
+            raise ParsingError("Transfer-Encoding must stand alone, in HTTP/1.1 (section 6.1)")
+        host = self.headers.get("HOST")
+        is_missing = host is None and self.version == "1.1"
+        if is_missing or "," in (host or ""):  # waitress joins repeated headers with a comma
+            raise ParsingError("there must be exactly one Host (section 3.2)")
 
 
-class AnswerTask(Task):
+class Answer(Task):
     """Sends the answer that its connection holds."""
 
     def execute(self) -> None:
         self.status, self.response_headers, body = self.channel.answer
-        line = getattr(self.request, "first_line", b"")  # there is none in what is no HTTP
-        log.info("%s %s %a", self.status[:3], self.channel.addr[0], line)
         self.content_length = len(body)
-        if self.request.error:
-            self.request.headers["CONNECTION"] = "close"  # for build_response_header()
+        if self.request.error:  # waitress refused it, so no handler has logged it
+            why = self.request.error.body
+            log.warning("a request of %s is refused: %.300s", self.channel.addr[0], why)
+            self.request.headers["CONNECTION"] = "close"
         head = self.build_response_header()
         self.wrote_header = True
         self.channel.write_soon(head + body)  # in one packet, if it fits
-
-    def set_close_on_finish(self) -> None:
-        """Close after the answer; build_response_header() calls this.
-
-        It does so for each 204 and 304, too, as they have no length; those stay open here.
-        """
-        option = self.request.headers.get("CONNECTION", "").lower()
-        is_wanted = option != "keep-alive" if self.version == "1.0" else option == "close"
-        if self.has_body or is_wanted:
-            super().set_close_on_finish()
-        elif self.version == "1.0":
-            self.response_headers.append(("Connection", "Keep-Alive"))  # waitress does if has_body
+        line = getattr(self.request, "first_line", b"")  # a refused request may have none
+        log.info("%s %s %.300a", self.status[:3], self.channel.addr[0], line)
 
 
 class Connection(HTTPChannel):
     """A connection of waitress that holds the answer to its first request until it may be sent."""
 
-    parser_class, task_class, error_task_class = Request, AnswerTask, AnswerTask
+    parser_class, task_class, error_task_class = Request, Answer, Answer
     handle_expt = HTTPChannel.handle_close  # TCP's urgent data, which HTTP does not have
     answer: tuple[str, list[tuple[str, str]], bytes]  # status with its title, headers, body
 
-    def add_channel(self, map: dict | None = None) -> None:
-        """Be counted as a new connection; waitress calls this."""
-        super().add_channel(map)
-        self.server.task_dispatcher.accepted += 1  # the listener's dispatcher is our Server
-
     def is_ready(self) -> bool:
-        """Tell whether the next answer may be made: the one before is sent, or nobody is there."""
+        """Tell whether the answer before is sent, or its client has left."""
         return not self.connected or not self.writable()
 
     def is_busy(self) -> bool:
@@ -912,82 +846,62 @@ class Connection(HTTPChannel):
         return bool(self.requests or self.request or self.writable())
 
     def ask(self) -> int:
-        """Ask the app about the first request, and hold its answer; return the status.
-
-        What waitress found to be wrong has its answer without the app.
-        """
+        """Ask the app about the first request, hold its answer and return the status."""
         first = self.requests[0]
-        if first.error:
-            status, detail = first.error.code, first.error.body
-            title = f"{status} {TITLES[status]}"
-            headers = [*BASE_HEADERS.items(), ("Content-Type", PROBLEM)]
-            body = render(status, TOO_LARGE if status == 413 else detail).encode()
-        else:
-            environ = WSGITask(self, first).get_environment()
-            environ["wsgi.input"].seek(0)  # it may have been read before
-            begun: list = []
-            body = b"".join(self.server.application(environ, lambda *given: begun.extend(given)))
-            title, headers, _ = begun  # Bottle always passes exc_info, too
-        self.answer = title, headers, body
-        return int(title[:3])
+        if first.error:  # waitress refuses it, and no app sees it
+            status = first.error.code
+            headers = [*HEADERS.items(), ("Content-Type", PROBLEM)]
+            body = render(status, first.error.body).encode()
+            self.answer = f"{status} {HTTP_CODES[status]}", headers, body
+            return status
+        environ = WSGITask(self, first).get_environment()
+        environ["wsgi.input"].seek(0)  # it was read before if this is asked again
+        begun: list = []
+        body = b"".join(self.server.application(environ, lambda *given: begun.extend(given)))
+        self.answer = begun[0], begun[1], body
+        return int(begun[0][:3])
 
 
 class Server:
     """Serves an app on waitress's own loop, in turns.
 
     A turn receives what has come, asks the app about all of it in one transaction, commits, and
-    only then answers. So messages that come together share a disk sync, and no answer has to be
-    taken back. If the transaction fails, each request is asked about again, by itself.
+    only then answers. So messages that come together share a disk sync. If the transaction fails,
+    each request is asked about again, by itself.
+
+    waitress polls, accepts, parses and sends. In place of its threads, add_task() takes the
+    requests. In place of its tasks, Connection and Answer hold an answer until the commit.
     """
 
-    def __init__(self, app: Bottle, store: Store, sockets: list[socket.socket], limit: int):
+    def __init__(self, app: Bottle, store: Store, sockets: list[socket.socket]):
         self.store, self.stopping = store, False
         self.arrived: list[Connection] = []  # each with a whole request, in order of arrival
-        self.accepted = 0  # connections so far
         self.map: dict[int, Any] = {}  # what waitress polls
-        limit += len(sockets)  # as waitress counts the listeners, too
-        create_server(app, map=self.map, sockets=sockets, connection_limit=limit, **WAITRESS)
+        create_server(app, map=self.map, sockets=sockets, **WAITRESS)
         self.listeners = [each for each in self.map.values() if each.accepting]
         for listener in self.listeners:
             listener.channel_class, listener.task_dispatcher = Connection, self
             listener.trigger.close()  # there is no other thread to wake
             listener.pull_trigger = lambda: None
-            listener.maintenance = self.close_silent
 
     def add_task(self, connection: Connection) -> None:
-        """Take a connection with a whole request; waitress calls this."""
+        """Take a connection with a whole request. waitress calls this."""
         self.arrived.append(connection)
 
-    def close_silent(self, now: float) -> None:
-        """Close what was silent for too long, unread answers included; waitress calls this."""
-        for each in [*self.map.values()]:
-            if not each.accepting and each.last_activity < now - CHANNEL_TIMEOUT:
-                each.handle_close()
-
     def stop(self, *_: Any) -> None:
-        """End run() after this turn and what is under way; a signal handler."""
+        """End run() after the requests that are under way. This is a signal handler."""
         self.stopping = True
 
     def run(self) -> None:
-        """Serve until stopped; then take in what has come, and answer what is under way."""
+        """Serve until stopped. Then answer what is under way, within the grace period."""
         while not self.stopping:
             self.turn()
-        while self.receive(0):
-            pass  # more have connected
+        self.receive(0)
         for listener in self.listeners:
             listener.close()
         end = time.monotonic() + GRACE_PERIOD
         while time.monotonic() < end and any(each.is_busy() for each in self.map.values()):
             self.turn()
-
-    def receive(self, seconds: float) -> bool:
-        """Poll, again while connections come, which bring a request; tell whether more may wait."""
-        for wait in [seconds] + [0] * MAX_POLLS:
-            known = self.accepted
-            wasyncore.loop(wait, use_poll=True, map=self.map, count=1)
-            if self.accepted == known:
-                return False
-        return True
 
     def turn(self) -> None:
         """Receive what comes, and answer what is ready, up to MAX_TURN requests."""
@@ -1002,13 +916,38 @@ class Server:
             if connection.connected:
                 connection.handle_write()
 
+    def receive(self, seconds: float) -> None:
+        """Poll, and again while connections come, as each brings a request."""
+        for _ in range(MAX_TURN):
+            known = len(self.map)
+            wasyncore.loop(seconds, use_poll=True, map=self.map, count=1)
+            self.close_silent()
+            if len(self.map) <= known:
+                return
+            seconds = 0
+
+    def close_silent(self) -> None:
+        """Close who is silent for too long, and if there are too many, who is silent longest.
+
+        This runs between two polls. Within a poll, a new connection could get the number of a
+        closed one, and what happened to that one.
+        """
+        now = time.time()
+        connections = [each for each in self.map.values() if not each.accepting]
+        for connection in connections:
+            if abs(now - connection.last_activity) > SILENCE:  # abs(): a clock may be set back
+                connection.handle_close()
+        idle = [each for each in connections if each.connected and not each.requests]
+        if len(connections) > MAX_CONNECTIONS and idle:
+            min(idle, key=lambda each: each.last_activity).handle_close()
+
     def ask_together(self, ready: list[Connection]) -> bool:
-        """Ask about all requests in one transaction; return whether it could be committed."""
+        """Ask about all requests in one transaction. Return whether it could be committed."""
         try:
             with self.store.transaction():
-                if not all(connection.ask() < 500 for connection in ready):
-                    raise OSError("a request failed")  # to roll back
-        except (sqlite3.Error, OSError):
+                if any(connection.ask() >= 500 for connection in ready):
+                    raise Unavailable("a request failed")  # to roll back
+        except (Unavailable, sqlite3.Error):
             return False
         return True
 
@@ -1021,121 +960,57 @@ def listen(host: str, port: int) -> list[socket.socket]:
     sockets: list[socket.socket] = []
     for address in ("127.0.0.1", "::1") if host == "localhost" else (host,):
         try:
-            family = socket.getaddrinfo(address, port)[0][0]
+            family = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0][0]
             sockets.append(socket.create_server((address, port), family=family))
-        except (OSError, UnicodeError) as error:
-            if not sockets or error.errno == errno.EADDRINUSE:  # else there is no IPv6 here
-                why = getattr(error, "strerror", str(error)).partition(" (while attempting")[0]
-                raise OSError(f"cannot listen on {address} port {port}: {why}") from error
+        except (OSError, UnicodeError, OverflowError) as error:  # of the host or the port
+            if not sockets or getattr(error, "errno", 0) == errno.EADDRINUSE:  # else: no IPv6 here
+                raise OSError(f"cannot listen on {address} port {port}: {error}") from error
         port = sockets[0].getsockname()[1]  # the same for both, also where the system chose it
     return sockets
 
 
-def connection_limit() -> int:
-    """Raise the limit of open files as far as needed and allowed; return what it allows for."""
-    limit = soft = MAX_CONNECTIONS
-    if resource:
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        others = OTHER_FILES + len(os.listdir("/dev/fd"))
-        needed = MAX_CONNECTIONS + others
-        if 0 <= soft < needed:  # "unlimited" is -1
-            soft = needed if hard < 0 else min(needed, hard)
-            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-            limit = soft - others
-    if limit < 1:
-        raise OSError(f"too few open files are allowed (ulimit -n is {soft})")
-    if limit < 100:
-        log.warning("there can be only %d connections at a time (ulimit -n is %d)", limit, soft)
-    return limit
-
-
-def greet(greeting: str) -> None:
-    """Print the greeting; the service is there even if stdout doesn't take it."""
-    try:
-        if sys.stdout:
-            sys.stdout.reconfigure(errors="backslashreplace")
-        print(greeting, flush=True)
-    except OSError as error:
-        log.warning("%s (stdout: %s)", greeting, error.strerror)
-
-
-DEFAULTS = {"host": "localhost", "port": "8088", "database": "rockets.db"}
-
-
-def read_options() -> tuple[argparse.Namespace, dict[str, str]]:
-    """Return the options, and for each that the environment set, a note for its errors."""
-    found = {name: os.environ.get(name.upper()) for name in DEFAULTS}
+def read_options() -> argparse.Namespace:
+    given = os.environ.get
     parser = argparse.ArgumentParser(
-        description="Take in what rockets report, and serve their state as JSON.",
+        description="Take in what rockets send, and serve their state as JSON.",
         epilog="HOST, PORT and DATABASE in the environment stand in for the options.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.error = lambda why: sys.exit(f"rockets: {why}")  # one line, as for all that can't work
+    parser.error = lambda why: sys.exit(f"rockets: {why}")  # one line, as for all that cannot work
     option = parser.add_argument
-    option("--host", help="address to listen on; localhost is every loopback address")
-    option("--port", help="port to listen on; 0 takes any free one")
-    option("--database", metavar="FILE", help="SQLite file to keep all in")
+    option("--host", default=given("HOST") or "localhost", help="address to listen on")
+    option("--port", default=given("PORT") or "8088", type=int, help="0 takes any free one")
+    file = given("DATABASE") or "rockets.db"
+    option("--database", metavar="FILE", default=file, help="SQLite file to keep all in")
     option("--reset", action="store_true", help="start from an empty database")
-    option("--verbose", action="store_true", help="log every request")
-    parser.set_defaults(**{name: found[name] or DEFAULTS[name] for name in DEFAULTS})
-    options = parser.parse_args()
-    used = [name for name in DEFAULTS if found[name] == getattr(options, name)]
-    return options, {name: f" (from {name.upper()} in the environment)" for name in used}
-
-
-def handle_signals(handler: Any) -> None:
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, handler)
-
-
-class Sparing(logging.Filter):
-    """Lets a warning pass once a minute; waitress repeats that there are too many connections."""
-
-    silent_until = 0.0  # seconds since 1970
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        passes = record.levelno != logging.WARNING or record.created >= self.silent_until
-        if passes and record.levelno == logging.WARNING:
-            self.silent_until = record.created + 60
-        return passes
+    option("--verbose", action="store_true", help="log each request")
+    return parser.parse_args()
 
 
 def main() -> None:
     """Read the options, and serve until SIGTERM or Ctrl-C."""
-    if sys.version_info < (3, 11) or sqlite3.sqlite_version_info < (3, 38):
-        sys.exit("rockets: at least Python 3.11 and SQLite 3.38 are needed")
-    handle_signals(lambda *_: sys.exit(0))  # while it starts
-    options, sources = read_options()
+    options = read_options()
     level = "INFO" if options.verbose else "WARNING"
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(message)s")
-    logging.getLogger("waitress").addFilter(Sparing())
-    tried: tuple[str, ...] = ()  # the options that an error is about
+    logging.getLogger("waitress").setLevel("ERROR")  # no line for each connection too many
     try:
-        limit = connection_limit()
-        tried = ("host", "port")
-        ports = digits_up_to(65535)
-        port = ports.read(options.port)
-        if port is None:
-            raise OSError(f"the port must be {ports.words}, got {options.port}")
-        sockets = listen(options.host, port)
-        tried = ("database",)
+        sockets = listen(options.host, options.port)
         store = Store(options.database)
-        tried = ()
-        server = Server(create_app(store), store, sockets, limit)
         if options.reset:
             store.reset()
-        ((rockets, messages),) = store.read(COUNT_ALL)
-    except (sqlite3.Error, OSError) as error:
-        sys.exit(f"rockets: {error}{''.join(sources.get(name, '') for name in tried)}")
-    handle_signals(server.stop)
+        ((rockets, messages, _),) = store.execute(COUNT_ALL)
+    except (Unavailable, OSError) as error:
+        sys.exit(f"rockets: {error}")
+    server = Server(create_app(store), store, sockets)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, server.stop)
     host = f"[{options.host}]" if ":" in options.host else options.host
     where = f"http://{host}:{sockets[0].getsockname()[1]}"
-    found = f"{options.database} holds {rockets} rockets and {messages} messages"
     gc.freeze()  # what is there by now stays, and need not be looked at for garbage again
-    greet(f"Rockets listens on {where}, {found}")
+    found = f"{options.database} holds {rockets} rockets and {messages} messages"
+    print(f"Rockets listens on {where}, {found}", flush=True)
     server.run()
     store.close()
-    handle_signals(signal.SIG_IGN)  # Python would die of another one while it exits
 
 
 if __name__ == "__main__":

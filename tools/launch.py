@@ -1,457 +1,372 @@
 """Launch sends a fleet's messages to the service and checks what the service made of them.
 
-It stands in for the challenge's test program, whose flags and habits it shares: a new connection
-for every message, a retry after 500 ms on anything but a 2xx, the same messages whenever the seed
-is the same. It can also send them out of order and some of them twice. At the end it reads
-GET /rockets back, compares every rocket with what the messages add up to, and exits 1 if there is
-a difference. (After a longer flight with the same seed there must be some: the service then knows
-more than this one sent.)
+It stands in for the challenge's test program, with the same flags: a new connection for every
+message, a retry 500 ms after any answer but a 2xx, and the same messages for the same seed. It can
+also send them out of order and some of them twice. At the end it compares every rocket that the
+service serves with what its messages add up to, and exits 1 if there is a difference.
 
-    python tools/launch.py http://localhost:8088/messages
-    python tools/launch.py http://localhost:8088/messages --message-delay=500ms
-    python tools/launch.py http://localhost:8088/messages --duplicates=0.1 --reorder=300 --seed=7
+    python tools/launch.py launch "http://localhost:8088/messages" --message-delay=500ms
+    python tools/launch.py http://localhost:8088/messages --duplicates=0.1 --reorder=300
+    python tools/launch.py --demo    starts a service of its own, and kills it five times
 """
 
 import argparse
-import errno
-import http.client
 import json
 import random
 import re
-import selectors
 import socket
+import subprocess
 import sys
+import tempfile
+import threading
 import time
 import uuid
-from array import array
-from collections import Counter, deque
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from contextlib import ExitStack, suppress
 from datetime import datetime
 from heapq import heappop, heappush
+from http.client import HTTPException
 from itertools import islice
+from pathlib import Path
 from urllib.parse import urljoin, urlsplit
-
-RETRY_AFTER = 0.5  # seconds, as the original waits
-TIMEOUT = 10  # seconds until an answer is given up
-MAX_WAITING = 100  # retries; with more, nothing new is sent, so that an outage uses up no messages
-COPY_LATE = 300  # places that a copy comes at most after its message, unless --reorder is more
-MAX_NAP = 0.02  # seconds; a retry is at most that much late
-REDRAW = 0.1  # seconds between two states of the progress bar
-BAR = 30  # characters
+from urllib.request import ProxyHandler, build_opener
 
 # Messages #########################################################################################
 
-TYPES = (
-    "Falcon-9", "Falcon-Heavy", "Saturn-V", "Ariane-5",
-    "Soyuz-2", "Atlas-V", "Delta-IV", "Electron",
-)
-MISSIONS = (
-    "ARTEMIS", "SHUTTLE_MIR", "APOLLO", "GEMINI", "SKYLAB",
-    "VOYAGER", "CASSINI", "ROSETTA", "VOSTOK",
-)
-REASONS = (
-    "PRESSURE_VESSEL_FAILURE", "ENGINE_FAILURE", "FUEL_LEAK",
-    "GUIDANCE_FAILURE", "STRUCTURAL_FAILURE",
-)
+TYPES = "Falcon-9 Falcon-Heavy Saturn-V Ariane-5 Soyuz-2 Atlas-V Delta-IV Electron".split()
+MISSIONS = "ARTEMIS SHUTTLE_MIR APOLLO GEMINI SKYLAB VOYAGER CASSINI ROSETTA VOSTOK".split()
+REASONS = "PRESSURE_VESSEL_FAILURE ENGINE_FAILURE FUEL_LEAK GUIDANCE_FAILURE".split()
 SPEED_STEP = 500  # all speeds are multiples of it, and none is below it
 DOOMED = 0.3  # of the fleet: 6 of 20 rockets
-LIFETIMES = (300, 6000)  # messages of a doomed rocket; of 100,000, one that lasts gets about 6,300
-
-
-def local_time() -> str:
-    return datetime.now().astimezone().isoformat(timespec="microseconds")
-
-
-@dataclass
-class Rocket:
-    """A rocket in flight."""
-
-    channel: str
-    last_number: int | None = None  # of the message that tells of its explosion; None if it lasts
-    number: int = 0  # of its newest message
-    speed: int = 0
-
-    def is_gone(self) -> bool:
-        return self.number == self.last_number
-
-    def report(self, dice: random.Random) -> tuple[str, dict]:
-        """Return the type and the content of its next message."""
-        self.number += 1
-        change = SPEED_STEP * dice.randint(1, 8)
-        if self.number == 1:
-            self.speed = change
-            type_, mission = dice.choice(TYPES), dice.choice(MISSIONS)
-            return "RocketLaunched", {"type": type_, "launchSpeed": change, "mission": mission}
-        if self.is_gone():
-            return "RocketExploded", {"reason": dice.choice(REASONS)}
-        if dice.random() < 0.1:
-            return "RocketMissionChanged", {"newMission": dice.choice(MISSIONS)}
-        if dice.random() < 0.5 and self.speed - change >= SPEED_STEP:
-            self.speed -= change
-            return "RocketSpeedDecreased", {"by": change}
-        self.speed += change
-        return "RocketSpeedIncreased", {"by": change}
+LIFETIMES = (300, 4500)  # messages of a doomed rocket
+COPY_LATE = 300  # places that a copy comes at most after its message
 
 
 def fly(seed: int, fleet: int = 20) -> Iterator[dict]:
     """Yield the messages of a fleet without end; each rocket's in the order of their numbers."""
     dice = random.Random(seed)
     names = [f"rocket {place} of seed {seed}" for place in range(fleet)]
-    flying = [Rocket(str(uuid.uuid5(uuid.NAMESPACE_URL, name))) for name in names]
-    shortest, longest = LIFETIMES
-    for rocket in dice.sample(flying, round(DOOMED * fleet)):
-        rocket.last_number = round(shortest * (longest / shortest) ** dice.random())
+    flying = [str(uuid.uuid5(uuid.NAMESPACE_URL, name)) for name in names]
+    doomed = dice.sample(flying, round(DOOMED * fleet))
+    lifetimes = {channel: dice.randint(*LIFETIMES) for channel in doomed}
+    numbers: Counter[str] = Counter()  # of messages, by channel
+    speeds: Counter[str] = Counter()
     while True:
-        rocket = dice.choice(flying)
-        message_type, content = rocket.report(dice)
-        metadata = {
-            "channel": rocket.channel,
-            "messageNumber": rocket.number,
-            "messageTime": local_time(),
-            "messageType": message_type,
-        }
+        channel = dice.choice(flying)
+        numbers[channel] += 1
+        change = SPEED_STEP * dice.randint(1, 8)
+        if numbers[channel] == 1:
+            message_type, speeds[channel] = "RocketLaunched", change
+            content = {"type": dice.choice(TYPES), "launchSpeed": change}
+            content["mission"] = dice.choice(MISSIONS)
+        elif numbers[channel] == lifetimes.get(channel):
+            message_type, content = "RocketExploded", {"reason": dice.choice(REASONS)}
+            flying.remove(channel)
+        elif dice.random() < 0.1:
+            message_type, content = "RocketMissionChanged", {"newMission": dice.choice(MISSIONS)}
+        elif dice.random() < 0.5 and speeds[channel] - change >= SPEED_STEP:
+            message_type, content = "RocketSpeedDecreased", {"by": change}
+            speeds[channel] -= change
+        else:
+            message_type, content = "RocketSpeedIncreased", {"by": change}
+            speeds[channel] += change
+        sent_at = datetime.now().astimezone().isoformat(timespec="microseconds")
+        metadata = {"channel": channel, "messageNumber": numbers[channel]}
+        metadata |= {"messageTime": sent_at, "messageType": message_type}
         yield {"metadata": metadata, "message": content}
-        if rocket.is_gone():
-            flying.remove(rocket)
-
-
-def fold(rockets: dict[str, dict], message: dict) -> None:
-    """Add a message to what is known of its rocket; for messages in the order of their numbers."""
-    metadata, content = message["metadata"], message["message"]
-    channel, sent_at = metadata["channel"], metadata["messageTime"]
-    rocket = rockets.setdefault(channel, {"channel": channel, "missingMessages": 0})
-    rocket |= {"lastMessageNumber": metadata["messageNumber"], "updatedAt": sent_at}
-    match metadata["messageType"]:
-        case "RocketLaunched":
-            rocket |= {"status": "active", "explosionReason": None, "launchedAt": sent_at}
-            rocket |= {"type": content["type"], "mission": content["mission"]}
-            rocket["speed"] = content["launchSpeed"]
-        case "RocketSpeedIncreased":
-            rocket["speed"] += content["by"]
-        case "RocketSpeedDecreased":
-            rocket["speed"] -= content["by"]
-        case "RocketMissionChanged":
-            rocket["mission"] = content["newMission"]
-        case "RocketExploded":
-            rocket |= {"status": "exploded", "explosionReason": content["reason"]}
 
 
 def disorder(
-    messages: Iterable[bytes], seed: int, reorder: int, duplicates: float
-) -> Iterator[tuple[bool, bytes]]:
-    """Yield (is it a copy, message): each up to so many places late, a share of them twice."""
+    bodies: Iterable[bytes], seed: int, reorder: int, duplicates: float
+) -> Iterator[bytes]:
+    """Yield each body at most so many places late, and a share of them twice."""
     dice = random.Random(f"order {seed}")
-    # A heap of (place at which it is due, order among those, is it a copy, message). Of those that
-    # are due at one place the last goes first, so that one place late already changes the order.
-    waiting: list[tuple[int, int, bool, bytes]] = []
-    for place, message in enumerate(messages):
-        late = int((reorder + 1) * dice.random() ** 6)  # most of them by little
-        heappush(waiting, (place + late, -place, False, message))
+    waiting: list[tuple[int, int, bytes]] = []  # a heap of (place at which it is due, order, body)
+    for place, body in enumerate(bodies):
+        due = place + dice.randint(0, reorder)
+        heappush(waiting, (due, -place, body))  # of those due at one place, the last goes first
         if dice.random() < duplicates:
-            late = dice.randint(1, max(reorder, COPY_LATE))
-            heappush(waiting, (place + late, -place, True, message))
+            heappush(waiting, (due + dice.randint(1, COPY_LATE), -place, body))
         while waiting and waiting[0][0] <= place:
-            yield heappop(waiting)[2:]
+            yield heappop(waiting)[2]
     while waiting:
-        yield heappop(waiting)[2:]
+        yield heappop(waiting)[2]
 
 
-class Flight:
-    """What is sent in one run, and what it adds up to."""
-
-    def __init__(self, seed: int, messages: int):
-        self.seed = seed
-        self.messages = messages  # to send, copies not counted
-        self.copies = 0  # sent so far
-        self.rockets: dict[str, dict] = {}  # as they should be served, by channel
-        self.departure = local_time()
-
-    def bodies(self) -> Iterator[bytes]:
-        for message in islice(fly(self.seed), self.messages):
-            fold(self.rockets, message)
-            yield json.dumps(message).encode()
-
-    def requests(self, url: str, reorder: int, duplicates: float) -> Iterator[bytes]:
-        """Yield all requests in the order in which they are to be sent."""
-        for is_copy, body in disorder(self.bodies(), self.seed, reorder, duplicates):
-            self.copies += is_copy
-            yield http_request("POST", url, body)
+def fold(messages: Iterable[dict]) -> dict:
+    """Return the rocket, as it is served, that messages of one channel add up to in any order."""
+    by_number = {message["metadata"]["messageNumber"]: message for message in messages}
+    last = by_number[max(by_number)]["metadata"]
+    launch, mission, reason, change = None, None, None, 0
+    for _, message in sorted(by_number.items()):
+        content = message["message"]
+        match message["metadata"]["messageType"]:
+            case "RocketLaunched":
+                launch, mission = launch or message, content["mission"]
+            case "RocketMissionChanged":
+                mission = content["newMission"]
+            case "RocketExploded":
+                reason = reason or content["reason"]
+            case "RocketSpeedIncreased":
+                change += content["by"]
+            case "RocketSpeedDecreased":
+                change -= content["by"]
+    return {
+        "channel": last["channel"],
+        "type": launch and launch["message"]["type"],
+        "speed": launch and launch["message"]["launchSpeed"] + change,
+        "mission": mission,
+        "status": "exploded" if reason else "active" if launch else "awaiting_launch",
+        "explosionReason": reason,
+        "launchedAt": launch and launch["metadata"]["messageTime"],
+        "updatedAt": last["messageTime"],
+        "lastMessageNumber": last["messageNumber"],
+        "missingMessages": last["messageNumber"] - len(by_number),
+    }
 
 
 # Sending ##########################################################################################
+
+RETRY_AFTER = 0.5  # seconds, as the test program waits
+TIMEOUT = 10  # seconds until an answer is given up
+STEP = 0.02  # seconds
 
 
 def http_request(method: str, url: str, body: bytes = b"") -> bytes:
     """Return a request to send as it is; it asks to close the connection after the answer."""
     parts = urlsplit(url)
-    target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+    target = url.partition(parts.netloc)[2] or "/"
     head = f"{method} {target} HTTP/1.1\r\nHost: {parts.netloc}\r\nConnection: close\r\n"
     if body:
         head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
     return head.encode() + b"\r\n" + body
 
 
-@dataclass(slots=True, eq=False)
-class Request:
-    """A request until it is answered: where it goes, what is still to send, what came back."""
-
-    content: bytes
-    connection: socket.socket | None = None
-    address: tuple | None = None  # (family, address), where it was sent
-    untried: list[tuple] = field(default_factory=list)  # further addresses
-    unsent: bytes = b""
-    answer: bytearray = field(default_factory=bytearray)
-    began: float = 0  # when it was sent; like the next, a second of time.perf_counter()
-    due: float = 0  # when to send it again
-
-
 class Sender:
-    """Sends requests to one server, each on a new connection, until each is answered with a 2xx.
+    """Sends requests, each on a new connection, until each is answered with a 2xx."""
 
-    One thread whose sockets never block: several would mostly wait for one another.
-    """
-
-    def __init__(
-        self,
-        url: str,
-        concurrency: int = 3,
-        delay: float = 0,
-        notice: Callable[[str], None] = print,
-    ):
-        """Get ready for so many requests at a time, with so many seconds from one to the next.
-
-        notice() is told each new reason to send something again. Raise OSError or ValueError if
-        nobody knows the URL's host or it has no proper port.
-        """
+    def __init__(self, url: str, concurrency: int = 3, delay: float = 0):
+        """Use so many threads, with so many seconds from one new request to the next."""
         parts = urlsplit(url)
-        found = socket.getaddrinfo(parts.hostname, parts.port or 80, type=socket.SOCK_STREAM)
-        # The one that answered last comes first.
-        self.addresses = [(family, address) for family, _, _, _, address in found]
-        self.concurrency = concurrency
-        self.delay = delay
-        self.notice = notice
-        self.selector = selectors.DefaultSelector()
-        self.contents: Iterator[bytes] = iter(())  # of requests that were never sent
-        self.has_more = False
-        self.ready = 0.0  # when something new may be sent
-        self.flying: dict[Request, None] = {}  # sent and not answered yet; a dict keeps their order
-        self.waiting: deque[Request] = deque()  # to be sent again, soonest first
-        self.retries: Counter[str] = Counter()  # by reason
+        self.address = (parts.hostname, parts.port or 80)
+        self.concurrency, self.delay = concurrency, delay
+        self.turn = threading.Lock()  # to take the next request
+        self.contents: Iterator[bytes] = iter(())
+        self.ready = 0.0  # when it may be sent, a second of time.perf_counter()
+        self.lock = threading.Lock()  # for what is counted
+        self.done = 0  # requests
         self.duplicates = 0  # answers that say so
-        self.latencies = array("d")  # seconds from connecting to the whole answer, for each 2xx
+        self.retries: Counter[str] = Counter()  # by reason
 
-    def run(self, contents: Iterable[bytes], show: Callable[[], None] = lambda: None) -> float:
+    def run(self, contents: Iterable[bytes], on_step: Callable[[], None] = lambda: None) -> float:
         """Send all requests, and return the seconds that it took.
 
-        show() is called many times in each of them.
+        on_step() is called at each STEP, while requests are under way.
         """
-        self.contents, self.has_more = iter(contents), True
-        began = self.ready = time.perf_counter()
-        while self.has_more or self.flying or self.waiting:
-            now = time.perf_counter()
-            while len(self.flying) < self.concurrency and (request := self.next_request(now)):
-                self.start(request)
-            pause = self.ready - now
-            for key, _ in self.selector.select(min(pause, MAX_NAP) if pause > 0 else MAX_NAP):
-                self.advance(key.data)
-            for request in [late for late in self.flying if late.began < now - TIMEOUT]:
-                self.fail(request, f"No answer within {TIMEOUT} s")
-            show()
+        self.contents = iter(contents)
+        began = time.perf_counter()
+        threads = [threading.Thread(target=self.work, daemon=True) for _ in range(self.concurrency)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            while thread.is_alive():
+                on_step()
+                thread.join(STEP)
         return time.perf_counter() - began
 
-    def next_request(self, now: float) -> Request | None:
-        """Return a retry that is due, else something new if it may be sent, else None."""
-        if self.waiting and self.waiting[0].due <= now:
-            return self.waiting.popleft()
-        if not self.has_more or self.ready > now or len(self.waiting) >= MAX_WAITING:
-            return None
-        content = next(self.contents, None)
-        if content is None:
-            self.has_more = False
-            return None
-        self.ready = now + self.delay
-        return Request(content)
-
-    def start(self, request: Request) -> None:
-        if not request.untried:
-            request.untried = list(self.addresses)
-        request.address = request.untried.pop(0)
-        request.unsent, request.answer = request.content, bytearray()
-        request.began = time.perf_counter()
-        family, address = request.address
-        request.connection = socket.socket(family)
-        request.connection.setblocking(False)
-        self.flying[request] = None
-        self.selector.register(request.connection, selectors.EVENT_WRITE, request)
-        request.connection.connect_ex(address)  # advance() meets the error, if there is one
-        self.advance(request)  # within one machine, the connection is there at once
-
-    def advance(self, request: Request) -> None:
-        """Send or receive as much as goes at the moment."""
-        try:
-            if request.unsent:
-                sent = request.connection.send(request.unsent)
-                request.unsent = request.unsent[sent:]
-                if not request.unsent:
-                    self.selector.modify(request.connection, selectors.EVENT_READ, request)
+    def work(self) -> None:
+        while True:
+            with self.turn:
+                time.sleep(max(0, self.ready - time.perf_counter()))
+                self.ready = time.perf_counter() + self.delay
+                content = next(self.contents, None)
+            if content is None:
                 return
-            received = request.connection.recv(1 << 20)
+            while not self.deliver(content):
+                time.sleep(RETRY_AFTER)
+
+    def deliver(self, content: bytes) -> bool:
+        """Send a request once, and tell whether it was answered with a 2xx."""
+        answer, failure = b"", "Closed without an answer"
+        try:
+            with socket.create_connection(self.address, TIMEOUT) as connection:
+                connection.sendall(content)
+                while received := connection.recv(1 << 16):
+                    answer += received
         except OSError as error:
-            # The first two say that nothing goes now, the third that it is not connected yet.
-            if error.errno not in (errno.EAGAIN, errno.EWOULDBLOCK, errno.ENOTCONN):
-                self.fail(request, error.strerror)
-            return
-        request.answer += received
-        head_end = request.answer.find(b"\r\n\r\n") + 4
-        head = request.answer[:head_end]
-        length = re.search(rb"(?i)\r\ncontent-length: *(\d+)", head)
-        end = head_end + int(length[1]) if length else None  # without it, the connection's end
-        is_whole = len(request.answer) >= end if end else not received
-        if head and is_whole:
-            self.finish(request, head.decode("latin-1"), request.answer[head_end:])
-        elif not received:
-            self.fail(request, "Answer broken off")
-
-    def finish(self, request: Request, head: str, body: bytearray) -> None:
-        """Count an answer that is a 2xx, and send the request again after any other."""
-        status = head.partition("\r\n")[0].partition(" ")[2]
-        if not status.startswith("2"):
-            self.fail(request, status, body[:500].decode(errors="replace"))
-            return
-        self.latencies.append(time.perf_counter() - request.began)
-        self.duplicates += b'"duplicate"' in body
-        if request.address != self.addresses[0]:
-            self.addresses.remove(request.address)
-            self.addresses.insert(0, request.address)
-        self.stop(request)
-
-    def fail(self, request: Request, reason: str, details: str = "") -> None:
-        """Try the next address at once if this one was not reached, else all of them later."""
-        self.stop(request)
-        if request.untried and request.unsent == request.content:
-            self.start(request)
-            return
-        request.untried = []
-        request.due = time.perf_counter() + RETRY_AFTER
-        self.waiting.append(request)
-        self.retries[reason] += 1
-        if self.retries[reason] == 1:
-            pause = f"{RETRY_AFTER * 1000:g} ms"
-            self.notice(f"{reason}; trying again every {pause}. {details}".strip())
-
-    def stop(self, request: Request) -> None:
-        self.selector.unregister(request.connection)
-        request.connection.close()
-        del self.flying[request]
+            failure = error.strerror or str(error)
+        status = answer.partition(b"\r\n")[0].partition(b" ")[2].decode()
+        with self.lock:
+            if status.startswith("2"):
+                self.done += 1
+                self.duplicates += b'"duplicate"' in answer
+                return True
+            self.retries[status or failure] += 1
+            return False
 
 
-# What the service made of it ######################################################################
+# The service ######################################################################################
+
+SERVICE = Path(__file__).resolve().parent.parent / "rockets.py"
 
 
-def next_page(link: str) -> str | None:
-    """Return where the link with rel="next" leads, if a Link header (RFC 8288) has one."""
-    for target, parameters in re.findall(r"<([^>]*)>([^<]*)", link):
-        relations = re.search(r';\s*rel\s*=\s*"?([^";,]*)', parameters, re.IGNORECASE)
-        if relations and "next" in relations[1].lower().split():
-            return target
-    return None
+def start(*command: object) -> tuple[subprocess.Popen, str]:
+    """Run a server that prints where it listens; return the process and its URL. Raise OSError."""
+    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, text=True)
+    listens = re.search(r"http://[\w.:]+", process.stdout.readline())
+    if not listens:
+        raise OSError(f"{command[-1]} does not start, and exits with {process.wait()}")
+    return process, listens[0]
+
+
+def service(database: Path, port: int = 0, program: Path = SERVICE) -> list[object]:
+    """Return the command that runs the service, by default on a free port."""
+    return [sys.executable, program, "--host=127.0.0.1", f"--port={port}", "--database", database]
 
 
 def read_rockets(url: str) -> dict[str, dict]:
-    """Return all of the service's rockets by channel, from one page or more.
+    """Return all of the service's rockets by channel.
 
     Raise OSError, ValueError, LookupError or HTTPException if that can't be done.
     """
-    rockets: dict[str, dict] = {}
-    connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=TIMEOUT)
-    page: str | None = urljoin(url, "rockets")
+    rockets, page = {}, urljoin(url, "rockets?limit=1000")
+    opener = build_opener(ProxyHandler({}))  # no proxy, as the messages take none
     while page:
-        parts = urlsplit(page)
-        connection.request("GET", parts.path + (f"?{parts.query}" if parts.query else ""))
-        answer = connection.getresponse()
-        body = answer.read()
-        if answer.status != 200:
-            raise OSError(f"it was answered {answer.status} {answer.reason}")
-        for rocket in json.loads(body)["rockets"]:
-            if rocket["channel"] in rockets:
-                raise ValueError(f"{rocket['channel']} came twice")
-            rockets[rocket["channel"]] = rocket
-        link = next_page(", ".join(answer.headers.get_all("Link", [])))
-        page = link and urljoin(page, link)
-    connection.close()
+        with opener.open(page, timeout=TIMEOUT) as answer:
+            rockets |= {rocket["channel"]: rocket for rocket in json.load(answer)["rockets"]}
+            following = re.search(r'<([^>]*)>; *rel="next"', answer.headers.get("Link", ""))
+        page = following and urljoin(page, following[1])
     return rockets
 
 
-def compare(rockets: dict[str, dict], served: dict[str, dict], departure: str) -> Iterator[str]:
-    """Yield the differences, each as a line of text.
-
-    Times before the departure are those of an earlier flight, and no difference.
-    """
-    for channel, rocket in rockets.items():
+def compare(expected: dict[str, dict], served: dict[str, dict]) -> Iterator[str]:
+    """Yield the differences, each as a line of text."""
+    for channel, rocket in expected.items():
         if channel not in served:
             yield f"{channel} is missing"
             continue
         for name, right in rocket.items():
             got = served[channel].get(name, "left out")
-            if name in ("launchedAt", "updatedAt") and str(got) < departure:
-                continue
             if got != right:
                 yield f"{channel} {name} is {json.dumps(got)}, not {json.dumps(right)}"
 
 
 # Command line #####################################################################################
 
+BAR = 30  # characters
+IS_TERMINAL = sys.stdout.isatty()
+FAILURES = (OSError, ValueError, LookupError, HTTPException)  # of read_rockets()
 
-class Progress:
-    """A bar on a terminal that shows how far a sender has come; nothing elsewhere."""
 
-    def __init__(self, sender: Sender, expected: float):
-        self.sender = sender
-        self.expected = expected  # messages
-        self.began = self.drawn = time.perf_counter()
+def say(line: str, end: str = "\n") -> None:
+    """Print a line, on a terminal in place of the progress bar."""
+    print(f"\r\x1b[K{line}" if IS_TERMINAL else line, end=end, flush=True)
+
+
+class Flight:
+    """One run: what is sent to a service, how far it is, and what the service made of it."""
+
+    def __init__(self, args: argparse.Namespace, url: str):
+        self.args, self.url = args, url
+        self.sender = Sender(url, args.concurrency_level, args.message_delay)
+        self.expected = round(args.max_messages * (1 + args.duplicates))  # about, with the copies
+        self.sent: dict[str, list[dict]] = defaultdict(list)  # messages by channel, without copies
+        self.began = self.shown = time.perf_counter()
+
+    def requests(self) -> Iterator[bytes]:
+        """Yield all requests in the order in which they are to be sent."""
+        bodies = map(self.note, islice(fly(self.args.seed), self.args.max_messages))
+        for body in disorder(bodies, self.args.seed, self.args.reorder, self.args.duplicates):
+            yield http_request("POST", self.url, body)
+
+    def note(self, message: dict) -> bytes:
+        self.sent[message["metadata"]["channel"]].append(message)
+        return json.dumps(message).encode()
 
     def show(self) -> None:
-        """Draw the bar, unless it was drawn just now."""
-        now = time.perf_counter()
-        if now >= self.drawn + REDRAW and sys.stdout.isatty():
-            self.drawn = now
-            print(f"\r\x1b[K{self.line(now - self.began)}", end="", flush=True)
+        """Say how far it is: by a bar on a terminal, elsewhere once in ten seconds."""
+        now, done = time.perf_counter(), self.sender.done
+        if now < self.shown + (0.1 if IS_TERMINAL else 10):
+            return
+        self.shown = now
+        left = max(0, self.expected - done) * (now - self.began) / max(1, done)
+        full = min(BAR, BAR * done // self.expected)
+        line = f"{done:,} messages, {self.sender.retries.total():,} retries, {left:,.0f} s left"
+        if IS_TERMINAL:
+            say(f"{'█' * full}{'░' * (BAR - full)} {line}", end="")
+        else:
+            say(line)
 
-    def line(self, took: float) -> str:
-        done = len(self.sender.latencies)
-        full = min(BAR, int(BAR * done / self.expected))
-        line = f"{'█' * full}{'░' * (BAR - full)} {done:,} messages, {done / took:,.0f}/s, "
-        line += f"{self.sender.retries.total():,} retries"
-        if done:
-            line += f", {max(0, self.expected - done) * took / done:,.0f} s left"
-        return line
+    def summary(self) -> str:
+        done, took = self.sender.done, time.perf_counter() - self.began
+        reasons = [f"{times:,} × {reason}" for reason, times in self.sender.retries.items()]
+        line = f"{done:,} messages in {took:,.1f} s, {done / took:,.0f} a second, "
+        line += f"{self.sender.duplicates:,} duplicates, retries: "
+        return line + (", ".join(reasons) or "none")
+
+    def run(self, on_step: Callable[[], None]) -> bool:
+        """Send and compare; tell whether all is right."""
+        held = {}
+        with suppress(*FAILURES):  # the service may not run yet
+            held = read_rockets(self.url)
+        try:
+            self.sender.run(self.requests(), on_step)
+        finally:  # after Ctrl-C as well
+            say(self.summary())
+        return self.args.no_verify or self.verify(held)
+
+    def verify(self, held: dict[str, dict]) -> bool:
+        """Say what the service got wrong, where it held these rockets before the run."""
+        rockets = {channel: fold(messages) for channel, messages in self.sent.items()}
+        for channel in rockets.keys() & held.keys():
+            if held[channel]["lastMessageNumber"] > rockets[channel]["lastMessageNumber"]:
+                say(
+                    f"not compared: the service held later messages of seed {self.args.seed} "
+                    "before this run; start it with --reset, or take another --seed"
+                )
+                return False
+            del rockets[channel]["launchedAt"], rockets[channel]["updatedAt"]  # of an earlier run
+        differences = list(compare(rockets, read_rockets(self.url)))
+        for line in (*differences, f"{len(rockets)} rockets, {len(differences):,} differences"):
+            say(line)
+        return not differences
 
 
-def notice(line: str) -> None:
-    """Print a line, in place of the progress bar if there is one."""
-    print(f"\r\x1b[K{line}" if sys.stdout.isatty() else line, flush=True)
+class Demo:
+    """The service on a database of its own, which is killed while messages come."""
 
+    kills = 5
+    defaults = {"max_messages": 20_000, "duplicates": 0.1, "reorder": 20_000}
+    defaults |= {"concurrency_level": 20}
 
-def report(sender: Sender, copies: int, took: float) -> str:
-    done = len(sender.latencies)
-    latencies = [1000 * seconds for seconds in sorted(sender.latencies)] or [0.0]
-    p50, p95, p99 = (latencies[int(done * part)] for part in (0.5, 0.95, 0.99))
-    reasons = ", ".join(f"{reason}: {times:,}" for reason, times in sender.retries.most_common())
-    return f"""\
-messages    {done:,}
-duplicates  {copies:,} sent, {sender.duplicates:,} answered as such
-retries     {sender.retries.total():,}{f" ({reasons})" if reasons else ""}
-seconds     {took:,.1f}
-rate        {done / took:,.0f} messages a second
-latency     p50 {p50:.1f} ms, p95 {p95:.1f} ms, p99 {p99:.1f} ms, max {latencies[-1]:.1f} ms"""
+    def __init__(self, args: argparse.Namespace, folder: str):
+        self.database = Path(folder) / "rockets.db"
+        self.process, url = start(*service(self.database))
+        self.port = urlsplit(url).port
+        self.flight = Flight(args, f"{url}/messages")
+        self.killed = 0
+
+    def step(self) -> None:
+        """Show how far it is, and kill the service if the next part of the messages is done."""
+        self.flight.show()
+        done, part = self.flight.sender.done, self.flight.expected / (self.kills + 1)
+        if self.killed < self.kills and done >= part * (self.killed + 1):
+            self.killed += 1
+            began = time.perf_counter()
+            self.stop()
+            self.process, _ = start(*service(self.database, self.port))
+            took = time.perf_counter() - began
+            say(f"kill {self.killed} of {self.kills} after {done:,} messages, back in {took:.2f} s")
+
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.communicate()
 
 
 def seconds(text: str) -> float:
     """Read a duration such as 500ms, 1.5s or 0."""
-    if text == "0":
-        return 0
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)(ms|s|m)", text)
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)(ms|s|m)", "0s" if text == "0" else text)
     if not match:
         raise argparse.ArgumentTypeError(f"{text!r} is no duration such as 500ms, 1s or 0")
     return float(match[1]) * {"ms": 0.001, "s": 1, "m": 60}[match[2]]
@@ -459,62 +374,50 @@ def seconds(text: str) -> float:
 
 OPTIONS = (
     ("--message-delay", "TIME", seconds, "0", "pause between messages, such as 500ms"),
-    ("--concurrency-level", "N", int, "3", "messages on their way at a time"),
-    ("--max-messages", "N", int, "100000", "messages to send, copies not counted"),
-    ("--seed", "N", int, "444", "the same one gives the same messages"),
-    ("--duplicates", "SHARE", float, "0", "share of the messages to send twice, 0 to 1"),
-    ("--reorder", "PLACES", int, "0", "send each message up to so many places late"),
+    ("--concurrency-level", "N", int, 3, "messages on their way at a time"),
+    ("--max-messages", "N", int, 100_000, "messages to send, copies not counted"),
+    ("--seed", "N", int, 444, "the same one gives the same messages"),
+    ("--duplicates", "SHARE", float, 0, "share of the messages to send twice, 0 to 1"),
+    ("--reorder", "PLACES", int, 0, "send each message up to so many places late"),
 )
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.partition("\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("url", help="where to post, such as http://localhost:8088/messages")
+def read_arguments(words: list[str]) -> argparse.Namespace:
+    style = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], formatter_class=style)
+    option = parser.add_argument
+    option("url", nargs="?", help="where to post, such as http://localhost:8088/messages")
     for name, metavar, read, default, text in OPTIONS:
-        parser.add_argument(name, metavar=metavar, type=read, default=default, help=text)
-    text = "don't compare what the service serves with what was sent"
-    parser.add_argument("--no-verify", action="store_true", help=text)
-    args = parser.parse_args()
-    if urlsplit(args.url).scheme != "http":
-        parser.error(f"the URL must begin with http://, not {args.url}")
-    if min(args.concurrency_level, args.max_messages) < 1:
-        parser.error("N must be at least 1")
-    if args.reorder < 0 or not 0 <= args.duplicates <= 1:
-        parser.error("PLACES must be at least 0, and SHARE from 0 to 1")
+        option(name, metavar=metavar, type=read, default=default, help=text)
+    option("--no-verify", action="store_true", help="don't compare what the service serves")
+    option("--demo", action="store_true", help="start a service, and kill it while messages come")
+    if "--demo" in words:
+        parser.set_defaults(**Demo.defaults)
+    args = parser.parse_args(words[1:] if words[:1] == ["launch"] else words)
+    if not args.demo and urlsplit(args.url or "").scheme != "http":
+        parser.error("a URL is needed, such as http://localhost:8088/messages")
+    if min(args.concurrency_level, args.max_messages) < 1 or args.reorder < 0:
+        parser.error("N must be at least 1, and PLACES at least 0")
     return args
 
 
 def main() -> None:
-    """Read the command line, send everything, report and compare."""
-    args = parse_arguments()
-    try:
-        sender = Sender(args.url, args.concurrency_level, args.message_delay, notice)
-    except (OSError, ValueError) as error:
-        sys.exit(f"launch: cannot send to {args.url}: {error}")
-    flight = Flight(args.seed, args.max_messages)
-    progress = Progress(sender, args.max_messages * (1 + args.duplicates))
-    stopped = False
-    try:
-        sender.run(flight.requests(args.url, args.reorder, args.duplicates), progress.show)
-    except KeyboardInterrupt:
-        stopped = True
-    notice(report(sender, flight.copies, time.perf_counter() - progress.began))
-    if stopped:
-        sys.exit(130)  # as after any Ctrl-C
-    if args.no_verify:
-        return
-    try:
-        differences = list(compare(flight.rockets, read_rockets(args.url), flight.departure))
-    except (OSError, ValueError, LookupError, http.client.HTTPException) as error:
-        sys.exit(f"launch: cannot compare, as GET /rockets failed: {error}")
-    for difference in differences:
-        print(difference)
-    print(f"{len(flight.rockets)} rockets, {len(differences):,} differences")
-    sys.exit(1 if differences else 0)
+    args = read_arguments(sys.argv[1:])
+    with tempfile.TemporaryDirectory(prefix="launch-") as folder, ExitStack() as stack:
+        if args.demo:
+            demo = Demo(args, folder)
+            stack.callback(demo.stop)
+            flight, step = demo.flight, demo.step
+        else:
+            flight = Flight(args, args.url)
+            step = flight.show
+        sys.exit(0 if flight.run(step) else 1)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except FAILURES as error:
+        sys.exit(f"launch: {error}")

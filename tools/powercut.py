@@ -19,7 +19,6 @@ import json
 import random
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -33,19 +32,17 @@ from wsgiref.util import setup_testing_defaults
 
 import launch
 
-SERVICE = Path(__file__).resolve().parent.parent / "rockets.py"
 SEED = 449
 SECTOR = 512  # bytes, which a disk writes as a whole or not at all
 CONNECTIONS = 4  # at a time
 DUPLICATES, REORDER = 0.1, 20  # share of the messages, places
 PADDING = 2000  # characters in a message; SQLite begins a checkpoint after 1,000 pages of 4 KiB
 EARLY = 0.2  # of the cuts come before the first message, where hardly any would be by chance
-START_EVERY = 20  # cuts; the others do without a process, for speed
 
 REPLAYED = "openat pwrite64 ftruncate fsync fdatasync ?unlink unlinkat recvfrom sendto".split()
 OTHERS = "write writev pwritev fallocate ?rename ?renameat renameat2 sendmsg".split()
-STRACE = "strace -D -f -y -qq --seccomp-bpf -s 1000000 -e signal=none -e trace=".split()
-STRACE[-1] += ",".join(REPLAYED + OTHERS)  # -D: the child is the service, and strace its grandchild
+STRACE = "strace -D -f -y -qq --seccomp-bpf -s 1000000 -e signal=none".split()
+STRACE += ["-e", f"trace={','.join(REPLAYED + OTHERS)}"]  # -D: the child is the service
 
 Call = tuple[str, str, bytes, int]  # name, path or connection, content, last number
 
@@ -148,20 +145,10 @@ def key(message: dict) -> tuple[str, int]:
     return message["metadata"]["channel"], message["metadata"]["messageNumber"]
 
 
-def start(service: Path, folder: Path, *strace: str) -> tuple[subprocess.Popen, str]:
-    """Start the service; return the process and its URL. Raise OSError if it does not start."""
-    options = ["--host=127.0.0.1", "--port=0", f"--database={folder / 'rockets.db'}"]
-    command = [*strace, sys.executable, service, *options]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    listens = re.search(r"http://[0-9.:]+", process.stdout.readline())
-    if not listens:
-        raise OSError(f"the service does not start, and exits with {process.wait()}")
-    return process, listens[0]
-
-
-def record(service: Path, folder: Path, trace: Path, count: int) -> None:
+def record(program: Path, folder: Path, trace: Path, count: int) -> None:
     """Run the service until it has acknowledged so many messages, some of them twice; stop it."""
-    process, url = start(service, folder, *STRACE, "-o", str(trace))
+    command = launch.service(folder / "rockets.db", program=program)
+    process, url = launch.start(*STRACE, "-o", trace, *command)
 
     def bodies() -> Iterator[bytes]:
         for message in islice(launch.fly(SEED), count):
@@ -169,9 +156,9 @@ def record(service: Path, folder: Path, trace: Path, count: int) -> None:
             yield json.dumps(message).encode()
 
     disordered = launch.disorder(bodies(), SEED, REORDER, DUPLICATES)
-    requests = (launch.http_request("POST", f"{url}/messages", body) for *_, body in disordered)
+    requests = (launch.http_request("POST", f"{url}/messages", body) for body in disordered)
     try:
-        launch.Sender(f"{url}/messages", CONNECTIONS, notice=sys.exit).run(requests)
+        launch.Sender(url, CONNECTIONS).run(requests)
     finally:
         process.terminate()
         process.communicate()  # until strace, too, has closed stdout, and the trace is complete
@@ -199,27 +186,16 @@ def calls(trace: Path, folder: Path) -> Iterator[Call]:
 # What is left #####################################################################################
 
 
-def fold(history: list[dict]) -> dict:
-    """Return the rocket that the messages of a history add up to."""
-    last = history[-1]["metadata"]
-    rocket = {"channel": last["channel"], "type": None, "launchedAt": None, "speed": 0}
-    rocket |= {"mission": None, "status": "awaiting_launch", "explosionReason": None}
-    rocket |= {"missingMessages": last["messageNumber"] - len(history)}
-    for message in history:
-        launch.fold({last["channel"]: rocket}, message)
-    return rocket if rocket["type"] else rocket | {"speed": None}
-
-
-def faults(service: Path, folder: Path, acknowledged: dict[tuple, dict]) -> tuple[int, int]:
-    """Return how many messages are lost, and how many rockets aren't what their messages add up to.
+def read_state(program: Path, database: Path) -> tuple[dict[str, dict], dict[str, list[dict]]]:
+    """Return the rockets and their histories, by channel.
 
     Raise OSError or ValueError if the database does not open or can't be read.
     """
-    rockets = importlib.import_module(service.stem)
-    with closing(rockets.Store(str(folder / "rockets.db"))) as store:
+    rockets = importlib.import_module(program.stem)
+    with closing(rockets.Store(str(database))) as store:
         app = rockets.create_app(store)
 
-        def get(path: str, query: str = "") -> dict:
+        def get(path: str, query: str) -> dict:
             environ, statuses = {"PATH_INFO": path, "QUERY_STRING": query}, []
             setup_testing_defaults(environ)
             body = b"".join(app(environ, lambda status, *_: statuses.append(status)))
@@ -227,70 +203,75 @@ def faults(service: Path, folder: Path, acknowledged: dict[tuple, dict]) -> tupl
                 raise OSError(f"GET {path} is answered {statuses[0]}")
             return json.loads(body)
 
-        found, wrong = {}, 0
-        for rocket in get("/rockets")["rockets"]:
-            history = get(f"/rockets/{rocket['channel']}/messages", "limit=10000")["messages"]
-            found |= {key(message): message for message in history}
-            wrong += not history or rocket != fold(history)
-    return sum(found.get(key) != message for key, message in acknowledged.items()), wrong
+        found = {each["channel"]: each for each in get("/rockets", "limit=1000")["rockets"]}
+        histories = {channel: [] for channel in found}
+        for channel, history in histories.items():
+            path, query = f"/rockets/{channel}/messages", "limit=1000&after=0"
+            while page := get(path, query)["messages"]:
+                history += page
+                query = f"limit=1000&after={key(history[-1])[1]}"
+    return found, histories
 
 
-def cut_often(service: Path, trace: list[Call], folder: Path, cuts: int) -> Counter[str]:
-    """Cut the power at random moments of the trace, and count what is lost or wrong."""
-    dice, machine, totals, done = random.Random(SEED), Machine(folder / "live"), Counter(), 0
+def faults(program: Path, database: Path, acknowledged: dict[tuple, dict]) -> Iterator[str]:
+    """Yield what is wrong with a database, each as a line of text."""
+    try:
+        found, histories = read_state(program, database)
+    except (OSError, ValueError) as error:
+        yield f"unreadable: {error}"
+        return
+    kept = {key(message): message for history in histories.values() for message in history}
+    for message in acknowledged.values():
+        if kept.get(key(message)) != message:
+            yield "message {1} of {0} is lost".format(*key(message))
+    yield from launch.compare({name: launch.fold(histories[name]) for name in found}, found)
+
+
+def cut_often(program: Path, trace: list[Call], folder: Path, cuts: int) -> int:
+    """Cut the power at random moments; return after how many cuts anything was wrong."""
+    dice, machine, done, bad_cuts = random.Random(SEED), Machine(folder / "live"), 0, 0
     started = next(place for place, (name, *_) in enumerate(trace) if name == "recvfrom")
     early = round(cuts * EARLY)
     moments = dice.choices(range(started), k=early)
     moments += dice.choices(range(len(trace) + 1), k=cuts - early)
-    for number, moment in enumerate(sorted(moments), 1):
+    for moment in sorted(moments):
         for call in trace[done:moment]:
             machine.replay(*call)
-        done, left = moment, folder / f"cut {number}"
+        done, left = moment, folder / "left"
         machine.cut(dice, left)
-        try:
-            if number % START_EVERY == 0:
-                process, _ = start(service, left)
-                process.kill()
-                process.communicate()
-            lost, wrong = faults(service, left, machine.acknowledged)
-        except (OSError, ValueError) as error:
-            print(f"powercut: after call {moment} of {len(trace)}: {error}", file=sys.stderr)
-            lost, wrong = len(machine.acknowledged), 0
-            totals["unreadable"] += 1
-        totals += Counter(lost=lost, cuts=lost > 0, wrong=wrong)
+        wrong = list(faults(program, left / "rockets.db", machine.acknowledged))
+        if wrong:
+            bad_cuts += 1
+            print(f"after call {moment:,} of {len(trace):,}, {len(wrong)} faults: {wrong[0]}")
         shutil.rmtree(left)
-    return totals
+    return bad_cuts
 
 
 def main() -> None:
     """Read the command line, record, cut, and print the result."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     option = parser.add_argument
-    option("service", nargs="?", type=Path, default=SERVICE, help="default: this project's")
+    option("program", nargs="?", type=Path, default=launch.SERVICE, help="default: this project's")
     option("--messages", metavar="N", type=int, default=600, help="to send; default: 600")
     option("--cuts", metavar="N", type=int, default=100, help="at random moments; default: 100")
     args = parser.parse_args()
     began = time.perf_counter()
-    sys.path.insert(0, str(args.service.parent))
+    sys.path.insert(0, str(args.program.parent))
     with tempfile.TemporaryDirectory(prefix="powercut-") as name:
         folder = Path(name).resolve()
-        live = folder / "live"
-        live.mkdir()
+        (folder / "live").mkdir()
         try:
-            record(args.service, live, folder / "trace", args.messages)
+            record(args.program, folder / "live", folder / "trace", args.messages)
+            trace = list(calls(folder / "trace", folder / "live"))
+            bad_cuts = cut_often(args.program, trace, folder, args.cuts)
         except OSError as error:
             sys.exit(f"powercut: {error}")
-        trace = list(calls(folder / "trace", live))
-        totals = cut_often(args.service, trace, folder, args.cuts)
-    syncs = Counter(Path(about).suffix for name, about, *_ in trace if name.endswith("sync"))
+    syncs = sum(call[0] in ("fsync", "fdatasync") for call in trace)
     print(
-        f"{args.cuts} power cuts in {args.messages} messages,",
-        f"{syncs['.db-wal']} syncs of the log and {syncs['.db']} of the database:",
-        f"{totals['lost']} messages lost at {totals['cuts']} cuts,",
-        f"{totals['wrong']} rockets wrong, {totals['unreadable']} databases unreadable,",
-        f"{time.perf_counter() - began:.1f} s",
+        f"{args.cuts} power cuts in {args.messages} messages and {syncs} syncs:",
+        f"{bad_cuts} with faults, {time.perf_counter() - began:.1f} s",
     )
-    sys.exit(1 if totals.total() else 0)
+    sys.exit(1 if bad_cuts else 0)
 
 
 if __name__ == "__main__":

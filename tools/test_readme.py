@@ -1,0 +1,43 @@
+"""The README's commands do what it shows."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+BLOCKS = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+
+
+@pytest.fixture
+def address(tmp_path):
+    command = [sys.executable, ROOT / "rockets.py", "--host=127.0.0.1", "--port=0"]
+    command.append(f"--database={tmp_path / 'rockets.db'}")
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        yield re.search(r"http://([0-9.:]+)", process.stdout.readline())[1]
+        process.terminate()
+
+
+def test_the_run_and_test_commands_are_those_of_ci():
+    run, test = BLOCKS[0].splitlines()
+    install, ci = "python3 -m venv .venv && .venv/bin/pip install -qr requirements.txt", ROOT / ".ci"
+    assert run.startswith(f"{install} && .venv/bin/python rockets.py")
+    assert test.startswith(f"{install} && .venv/bin/python -m pytest -q")
+    assert f"{install} && .venv/bin/python -m pytest -q" in (ci / "run").read_text()
+
+
+def test_each_command_of_the_readme_prints_what_stands_below_it(address):
+    (block,) = [block for block in BLOCKS if "curl" in block]
+    script = block.replace("localhost:8088", address)
+    expected = [line.removeprefix("# ") for line in block.splitlines() if line.startswith("# ")]
+    printed = subprocess.run(["bash", "-e"], input=script, capture_output=True, text=True)
+    assert printed.stdout.splitlines() == expected and not printed.stderr
+
+
+def test_every_file_that_the_readme_names_is_there():
+    text = (ROOT / "README.md").read_text()
+    named = re.findall(r"`((?:tools|static)/[\w./]+)`|\((static/[\w./]+)\)", text)
+    missing = [path for pair in named for path in pair if path and not (ROOT / path).exists()]
+    assert named and not missing
