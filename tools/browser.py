@@ -21,7 +21,7 @@ OPTIONS = """--headless --remote-debugging-pipe --disable-gpu --disable-quic --d
     --no-first-run --no-default-browser-check""".split()
 TIMEOUT = 60  # seconds for an answer or a condition; a busy machine may take some
 LOOK = 0.05  # seconds between two looks whether a condition is met
-KEYS = {" ": 32, "/": 191, "Escape": 27}  # codes of those that the page knows
+KEYS = {"ArrowDown": 40, "Escape": 27}  # codes of those that the page knows
 
 
 def find_chromium() -> str | None:
@@ -133,11 +133,16 @@ class Browser:
         self.call("Input.dispatchKeyEvent", type="keyDown", text=key[:1], **names)
         self.call("Input.dispatchKeyEvent", type="keyUp", **names)
 
-    def type(self, text: str) -> None:
-        self.call("Input.insertText", text=text)
-
     def click(self, selector: str) -> None:
         self.evaluate(f"document.querySelector({json.dumps(selector)}).click()")
+
+    def pointer(self, kind: str, selector: str) -> None:
+        """Send mouseMoved, mousePressed or mouseReleased to the middle of an element."""
+        box = f"document.querySelector({json.dumps(selector)}).getBoundingClientRect()"
+        middle = f"(({{x, y, width, height}}) => [x + width / 2, y + height / 2])({box})"
+        x, y = self.evaluate(middle)
+        button = {} if kind == "mouseMoved" else {"button": "left", "clickCount": 1}
+        self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, **button)
 
     def emulate(self, width: int, height: int, **features: str) -> None:
         """Set the viewport, in CSS pixels, and media features, as prefers_color_scheme='dark'."""

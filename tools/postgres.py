@@ -96,10 +96,7 @@ psycopg.adapters.register_loader("numeric", IntLoader)  # each is a sum of whole
 
 
 class PostgresStore:
-    """What create_app() needs of a Store, for several threads.
-
-    Its methods raise Unavailable if the database cannot do what they ask for.
-    """
+    """What create_app() needs of a Store, for several threads, raising the same Unavailable."""
 
     def __init__(self, address: str):
         """Make the tables if they are not there. Raise psycopg.Error if that fails."""
@@ -179,20 +176,20 @@ def main() -> None:
     parser.add_argument("--port", default=8088, type=int, help="0 takes any free one")
     options = parser.parse_args()
     logging.basicConfig(level="WARNING", format="%(asctime)s %(levelname)s %(message)s")
-    for name in ("waitress", "psycopg.pool"):
-        logging.getLogger(name).setLevel("ERROR")  # no line for each that waits
+    logging.getLogger("waitress").setLevel("ERROR")  # no line for each request that waits
+    logging.getLogger("psycopg.pool").setLevel("ERROR")  # nor for each attempt to connect
     try:
         sockets = rockets.listen(options.host, options.port)
         store = PostgresStore(options.address)
         ((count, messages, _),) = store.execute(rockets.COUNT_ALL)
     except (psycopg.Error, rockets.Unavailable, OSError) as error:
         sys.exit(f"rockets: {one_line(error)}")
-    adjustments = rockets.WAITRESS | {"threads": THREADS}
-    server = rockets.create_server(rockets.create_app(store), sockets=sockets, **adjustments)
+    app, adjustments = rockets.create_app(store), rockets.WAITRESS | {"threads": THREADS}
+    server = rockets.create_server(app, sockets=sockets, **adjustments)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # ends run()
     where = f"http://{options.host}:{sockets[0].getsockname()[1]}"
-    print(f"Rockets listens on {where}, {store.name} holds", end=" ")
-    print(f"{count} rockets and {messages} messages", flush=True)
+    found = f"{store.name} holds {count} rockets and {messages} messages"
+    print(f"Rockets listens on {where}, {found}", flush=True)
     server.run()
     store.pool.close()
 

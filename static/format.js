@@ -1,0 +1,59 @@
+// Numbers, times and names as people read them.
+
+// The prototype is null, so that a name such as "constructor" is not found in this table.
+export const STATUSES = {
+  __proto__: null,
+  active: "Active",
+  awaiting_launch: "Awaiting launch",
+  exploded: "Exploded",
+};
+
+export const number = (value) => value.toLocaleString("en").replace("-", "−");
+
+export const plural = (count, noun) => `${number(count)} ${noun}${count === 1 ? "" : "s"}`;
+
+const UNITS = [  // the least milliseconds for which a unit is used, its length, its name
+  [2 * 365 * 86400e3, 365 * 86400e3, "years"],
+  [2 * 86400e3, 86400e3, "days"],
+  [2 * 3600e3, 3600e3, "h"],
+  [60e3, 60e3, "min"],
+  [0, 1e3, "s"],
+];
+
+/** Tell how long milliseconds are: "5 s", "3 min". What is begun does not count. */
+export function duration(milliseconds) {
+  const [, length, name] = UNITS.find(([least]) => milliseconds >= least) ?? UNITS.at(-1);
+  return `${number(Math.max(0, Math.floor(milliseconds / length)))} ${name}`;
+}
+
+let serviceIsAhead = 0;  // ms
+
+/** Take over the service's clock, as the watcher's may be wrong. */
+export function setClock(date) {
+  if (date) serviceIsAhead = Date.parse(date) - Date.now();
+}
+
+export const age = (time) => Date.now() + serviceIsAhead - Date.parse(time);
+
+/** Return a local date and time, as "2026-11-25 14:03:39". */
+export const local = (date) => date.toLocaleString("sv");
+
+/** Return a time of the API to the second, with the offset that the browser has. */
+export function exact(time) {
+  const date = new Date(time);
+  const offset = -date.getTimezoneOffset();
+  const [hours, minutes] = [Math.floor(Math.abs(offset) / 60), Math.abs(offset) % 60];
+  const digits = [hours, minutes].map((part) => String(part).padStart(2, "0")).join(":");
+  return `${local(date)} UTC${offset < 0 ? "−" : "+"}${digits}`;
+}
+
+/** Return a name, or what to say in its place. */
+export function nameOf(name) {
+  if (name === null) return "unknown";
+  return /^[\s\p{C}\p{M}\u115f\u1160\u2800\u3164\uffa0]*$/u.test(name) ? "blank" : name;
+}
+
+/** Return a name that cannot turn the text around it, for places that hold no element. */
+export const isolated = (name) => `\u2068${nameOf(name)}\u2069`;
+
+export const titleOf = ({type, channel}) => `${isolated(type)} ${channel.slice(0, 8)}`;
