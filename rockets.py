@@ -867,10 +867,12 @@ class Server:
 
     A turn receives what has come, asks the app about all of it in one transaction, commits, and
     only then answers. So messages that come together share a disk sync. If the transaction fails,
-    each request is asked about again, by itself.
+    each request is asked about again, by itself. waitress's own thread with a commit for each
+    message reaches 0.76, 0.45 and 0.19 of the rate with 1, 3 and 20 senders.
 
-    waitress polls, accepts, parses and sends. In place of its threads, add_task() takes the
-    requests. In place of its tasks, Connection and Answer hold an answer until the commit.
+    waitress polls, accepts, parses and sends. Three things of it are replaced: its threads by
+    add_task(), as there is one writer; its tasks by Answer, as an answer waits for the commit; its
+    sweep by close_silent(), as waitress's spares who never reads.
     """
 
     def __init__(self, app: Bottle, store: Store, sockets: list[socket.socket]):

@@ -12,7 +12,6 @@ import shutil
 import signal
 import socket
 import sqlite3
-import struct
 import subprocess
 import sys
 import tempfile
@@ -24,7 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
 from functools import partial
 from http.client import HTTPException, HTTPResponse, responses
-from itertools import count, permutations
+from itertools import permutations
 from pathlib import Path
 from urllib.parse import urljoin
 
@@ -40,7 +39,6 @@ APPLIED = (202, {"status": "applied"})
 DUPLICATE = (202, {"status": "duplicate"})
 HISTORY = f"/rockets/{CHANNEL}/messages"
 PROBLEM = "application/problem+json"
-TABLES = ("rockets", "messages")
 
 # Messages and the app #############################################################################
 
@@ -160,7 +158,8 @@ def run_sql(file, script):
 def dump(file):
     """Return all rows of both tables."""
     with closing(sqlite3.connect(file)) as connection:
-        return [list(connection.execute(f"SELECT * FROM {name}")) for name in TABLES]
+        tables = ("rockets", "messages")
+        return [list(connection.execute(f"SELECT * FROM {name}")) for name in tables]
 
 
 @contextmanager
@@ -196,9 +195,9 @@ class Process:
     Without a file, only the options and the environment tell which file and port it takes.
     """
 
-    def __init__(self, file, *options, program=(SERVICE,), wrapper=(), folder=None, **environ):
+    def __init__(self, file, *options, program=(SERVICE,), folder=None, **environ):
         given = ("--database", file, "--port", "0") if file else ()
-        self.command = [*wrapper, sys.executable, *program, *given, *options]
+        self.command = [sys.executable, *program, *given, *options]
         self.where = {"env": ENVIRON | environ, "cwd": folder}
 
     def __enter__(self):
@@ -613,7 +612,7 @@ def test_1000_rockets_are_one_answer_and_more_are_linked_to_with_the_same_query(
     assert (first.json["total"], second.json["count"], second.json["order"]) == (1010, 10, "desc")
 
 
-def test_the_history_is_what_was_posted_in_the_order_of_numbers(app):
+def test_the_history_is_what_was_posted_in_the_order_of_numbers(app, file):
     first = launch(2, extra={"kept": [1, "é", None]}, at="2023-01-01T00:00:00Z")
     second, third = faster(4, 1), renamed(9, "B", at="2022-02-02T19:39:05.10+01:00")
     for body in (third, first, second, launch(1, channel=nth(1))):
@@ -630,19 +629,10 @@ def test_the_history_is_what_was_posted_in_the_order_of_numbers(app):
         head = {"channel": CHANNEL, "count": len(messages), "total": 3, "order": order}
         assert answer.json == head | {"messages": messages}
         assert answer.headers.get("Link") == (link and f'<?{link}>; rel="next"')
-
-
-@pytest.mark.parametrize("order", ["asc", "desc"])
-def test_pages_of_1000_messages_neither_skip_nor_repeat_while_messages_come(app, file, order):
-    known = list(map(faster, range(10, 2300)))
-    fill(file, known)
-    first = app.get(f"{HISTORY}?order={order}")
-    fill(file, [faster(5), faster(2500)])
-    rest = following(app, f"{HISTORY}{re.search('[?].*(?=>)', first.headers['Link'])[0]}")
-    pages = [page.json["messages"] for page in (first, *rest)]
-    assert [len(page) for page in pages] == [1000, 1000, 291]
-    ends = [*known, faster(2500)] if order == "asc" else [*reversed(known), faster(5)]
-    assert sum(pages, []) == ends
+    page = app.get(f"{HISTORY}?limit=2")
+    fill(file, [faster(1), faster(7)])  # neither makes the next page skip or repeat one
+    (rest,) = following(app, HISTORY + re.search("[?].*(?=>)", page.headers["Link"])[0])
+    assert [page.json["messages"], rest.json["messages"]] == [[first, second], [faster(7), third]]
 
 
 TO_1000 = "must be a whole number from 1 to 1000, got"
@@ -673,15 +663,6 @@ def test_a_bad_parameter_is_named_with_what_it_may_be_even_by_a_fitting_tag(app,
     post(app, launch())
     tag = app.get("/rockets").headers["ETag"]
     assert_problem(app.get(path, headers={"If-None-Match": tag}, status=400), detail)
-
-
-def test_an_unknown_parameter_is_a_400_that_names_what_there_is(app):
-    known = {"/rockets": "order limit sort status type mission q offset"}
-    known |= {HISTORY: "order limit after before"}
-    others = (f"/rockets/{CHANNEL}", "/fleet", "/health", "/metrics")
-    for path, words in (known | dict.fromkeys(others, "no parameters")).items():
-        detail = app.get(f"{path}?sortBy=speed", status=400).json["detail"]
-        assert all(word in detail for word in ("'sortBy'", *words.split()))
 
 
 # HTTP #############################################################################################
@@ -846,7 +827,7 @@ def test_a_message_that_is_refused_is_one_short_line_with_the_reason_and_the_add
     post(app, launch(launchSpeed="\x1b" * 2000), status=400)
     post(app, BODY, headers=ELSEWHERE, status=403)
     first, second = caplog.messages
-    assert "192.0.2.7 is rejected: " in first and "message.launchSpeed must be a whole number" in first
+    assert "192.0.2.7 is rejected: message.launchSpeed must be a whole number" in first
     assert first.isprintable() and len(first) < 350
     assert "192.0.2.7 is rejected: " in second and "a page of another site must not post" in second
 
@@ -860,7 +841,10 @@ def count_outcomes(process):
     return *counts, int(metrics["rockets_commits_total"])
 
 
-def test_a_lock_in_a_turn_fails_its_messages_once_each_and_all_heals(file):
+@on_linux
+def test_of_a_turn_only_what_cannot_be_stored_fails_once_and_all_heals(file):
+    import resource
+
     bodies = [faster(number, 1) for number in range(2, 12)]
     with Process(file) as process:
         process.request("/messages", launch())
@@ -869,38 +853,17 @@ def test_a_lock_in_a_turn_fails_its_messages_once_each_and_all_heals(file):
             assert [status for status, _ in answers] == [*[503] * 10, 400]
             assert process.request(f"/rockets/{CHANNEL}") == (200, fold([launch()]))
         assert post_together(process, bodies) == [APPLIED] * 10
-        assert process.request(f"/rockets/{CHANNEL}") == (200, fold([launch(), *bodies]))
         assert count_outcomes(process) == (11, 0, 0, 1, 10, 2)
-        assert process.logged().count("metadata must be an object") == 1
-
-
-@on_linux
-def test_of_a_turn_that_cannot_be_stored_whole_what_can_be_stored_is(file):
-    import resource
-
-    with Process(file) as process:
-        process.request("/messages", launch())
         limit = os.path.getsize(f"{file}-wal") + 12_000  # bytes, as if the disk were full then
         resource.prlimit(process.popen.pid, resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-        long = launch(3, pad="x" * 7000)
-        answers = post_together(process, [faster(2), long, {"metadata": 0}, launch(), slower(2)])
+        long = launch(13, pad="x" * 7000)
+        answers = post_together(process, [faster(12), long, {"metadata": 0}, launch(), slower(2)])
         assert [status for status, _ in answers] == [202, 503, 400, 202, 202]
         assert [answers[place] for place in (0, 3, 4)] == [APPLIED, DUPLICATE, DUPLICATE]
-        assert process.request(f"/rockets/{CHANNEL}") == (200, fold([launch(), faster(2)]))
-        assert count_outcomes(process) == (2, 1, 1, 1, 1, 2)
-        assert process.logged().count("\n") == 3  # failed, rejected and conflicting
-
-
-def test_a_mistake_of_our_own_in_sql_is_a_500_with_a_traceback_and_harms_nobody(file):
-    with Process(file) as process:
-        run_sql(file, "ALTER TABLE rockets RENAME TO lost")  # which our SQL then names in vain
-        title = "Internal Server Error"
-        answer = (500, {"title": title, "status": 500, "detail": title})
-        assert post_together(process, [launch(), faster(2)]) == [answer] * 2
-        assert process.request("/rockets") == answer
-        assert "Traceback" in process.logged() and "no such table: rockets" in process.logged()
-        run_sql(file, "ALTER TABLE lost RENAME TO rockets")
-        assert process.request("/messages", launch()) == APPLIED
+        life = [launch(), *bodies, faster(12)]
+        assert process.request(f"/rockets/{CHANNEL}") == (200, fold(life))
+        assert count_outcomes(process) == (12, 1, 1, 2, 11, 3)
+        assert process.logged().count("\n") == 11 + 3  # 3: failed, rejected and conflicting
 
 
 # The database file ################################################################################
@@ -918,17 +881,6 @@ def fill_and_kill(file, *bodies):
         process.stop(signal.SIGKILL)
 
 
-def old_backup(file):
-    """Copy a backup over a database, beside the -wal of another day. Return the backup."""
-    fill(file, map(faster, range(1, 500)))
-    backup = file.read_bytes()
-    fill(file, [launch(channel=nth(n)) for n in range(100)])
-    fill_and_kill(file, faster(501))
-    file.write_bytes(backup)
-    return backup
-
-
-RESTORE = "delete its -wal and copy the backup again"
 FOREIGN, GONE = "another program wrote it", "it is gone, but"
 LATER = f"PRAGMA user_version = {0x524B7FFF}"
 REFUSED = [  # what makes the file, and what the line says
@@ -951,22 +903,18 @@ def test_a_file_that_cannot_be_the_database_is_one_line_and_left_as_it_was(file,
     assert read_folder(file.parent) == before
 
 
-def test_a_backup_can_be_restored_as_the_refusal_says(file):
-    backup = old_backup(file)
-    assert RESTORE in start_in_vain(file)
+def test_a_backup_beside_the_wal_of_another_day_is_refused_and_restored_as_the_refusal_says(file):
+    life = list(map(faster, range(1, 500)))
+    fill(file, life)
+    backup = file.read_bytes()
+    fill(file, [launch(channel=nth(n)) for n in range(100)])
+    fill_and_kill(file, faster(501))
+    file.write_bytes(backup)
+    assert "delete its -wal and copy the backup again" in start_in_vain(file)
     Path(f"{file}-wal").unlink(missing_ok=True)
     file.write_bytes(backup)
     with Process(file) as process:
-        life = list(map(faster, range(1, 500)))
         assert process.request(f"/rockets/{CHANNEL}") == (200, fold(life))
-
-
-def test_a_first_start_that_a_power_cut_ended_is_taken_up(file):
-    file.write_bytes(bytes(4096))  # the size came to the disk, the content not
-    journal = bytes.fromhex("d9d505f920a163d7") + struct.pack(">5I", 0, 0, 0, 512, 4096)
-    Path(f"{file}-journal").write_bytes(journal.ljust(512, b"\0"))
-    with Process(file) as process:
-        assert process.request("/messages", launch()) == APPLIED
 
 
 def test_the_file_is_marked_as_ours_and_every_commit_goes_to_the_disk_itself(store):
@@ -995,34 +943,28 @@ def fill_version_4(file, bodies):
         connection.executemany("INSERT INTO messages VALUES (?, ?, ?, ?, ?)", rows)
 
 
-def test_a_file_of_version_4_serves_the_same_rockets_and_history_whatever_today_s_limits(file):
+def test_a_file_of_version_4_serves_the_same_whatever_today_s_limits_and_in_spite_of_a_kill(file):
     name, strange = "é" * 1000, {"by": 9, "type": {}, "launchSpeed": 2**70, "newMission": "B"}
     life = [launch(2, type=name), slower(5), message(7, "RocketMissionChanged", strange)]
     other = [launch(3, mission=name, channel=nth(1)), exploded(9, reason=name, channel=nth(1))]
-    fill_version_4(file, life + other)
-    with Process(file) as process:
-        assert process.request("/rockets")[1]["rockets"] == [fold(other), fold(life)]
-        assert process.request(HISTORY)[1]["messages"] == life
-        first, last = process.logged().splitlines()
-        assert "making the rockets from 5 messages" in first and "made the rockets" in last
-        assert process.request("/messages", slower(5)) == DUPLICATE
-        assert process.request("/messages", faster(6)) == APPLIED
-        process.stop()
-    with Process(file) as process:
-        assert process.request(f"/rockets/{CHANNEL}") == (200, fold([*life, faster(6)]))
-        assert process.logged() == ""
-
-
-def test_a_kill_while_the_rockets_are_made_anew_loses_nothing(file):
-    life = list(map(faster, range(1, 5000)))
-    fill_version_4(file, life)
+    many = [faster(number, channel=nth(2)) for number in range(1, 5000)]
+    fill_version_4(file, life + other + many)
     process = Process(file)
     with subprocess.Popen(process.command, stderr=subprocess.PIPE, **process.where) as popen:
         assert b"making the rockets" in popen.stderr.readline()
         popen.kill()
         assert popen.stderr.read() == b""
     with Process(file) as process:
-        assert process.request(f"/rockets/{CHANNEL}") == (200, fold(life))
+        assert process.request("/rockets")[1]["rockets"] == [fold(other), fold(many), fold(life)]
+        assert process.request(HISTORY)[1]["messages"] == life
+        first, last = process.logged().splitlines()
+        assert "making the rockets from 5004 messages" in first and "made the rockets" in last
+        assert process.request("/messages", slower(5)) == DUPLICATE
+        assert process.request("/messages", faster(6)) == APPLIED
+        process.stop()
+    with Process(file) as process:
+        assert process.request(f"/rockets/{CHANNEL}") == (200, fold([*life, faster(6)]))
+        assert process.logged() == ""
 
 
 def test_reset_starts_from_an_empty_database_and_gives_the_room_back(file):
@@ -1086,6 +1028,7 @@ def post_until_it_stops(process, channel, acknowledged):
     """Post messages of a channel one after the other. Note each that was acknowledged."""
     with suppress(OSError, HTTPException):
         while True:
+            process.connect().close()  # others come and go
             number = len(acknowledged) + 1
             answer = process.request("/messages", faster(number, number, channel=channel))
             assert answer in (APPLIED, DUPLICATE)  # an answer may have been lost with the last end
@@ -1122,9 +1065,6 @@ def has_ipv6():
         return True
 
 
-with_ipv6 = pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6")
-
-
 @pytest.mark.parametrize("empty", [{}, {"HOST": "", "DATABASE": ""}], ids=["unset", "empty"])
 def test_without_options_it_takes_localhost_8088_and_a_file_in_the_current_folder(tmp_path, empty):
     with Process(None, folder=tmp_path, **empty, PORT="0") as process:
@@ -1139,29 +1079,23 @@ def test_without_options_it_takes_localhost_8088_and_a_file_in_the_current_folde
         assert "cannot listen on 127.0.0.1 port 8088: " in said
 
 
-def test_the_environment_stands_in_for_options_which_go_first(file):
-    environ = {"HOST": "127.0.0.1", "PORT": "0", "DATABASE": str(file)}
-    with Process(None, **environ) as process:
-        assert process.url.startswith("http://127.0.0.1:") and file.exists()
-    with Process(None, "--database", f"{file}2", "--host", "localhost", **environ) as process:
-        assert process.url.startswith("http://localhost:") and f"{file}2 holds" in process.said
-
-
 BAD_OPTIONS = [
     ("--port abc", {}, "--port: invalid int value: 'abc'"),
     ("", {"PORT": "abc"}, "--port: invalid int value: 'abc'"),
     ("--port -1", {}, "port -1: "),
     ("--port 99999", {"PORT": "7"}, "port 99999: "),
-    ("--host ..a --port 0", {}, "cannot listen on ..a port 0: "),
+    ("--host ..a --port 0", {"HOST": "::1"}, "cannot listen on ..a port 0: "),
     ("--port 0", {"HOST": "192.0.2.1"}, "cannot listen on 192.0.2.1 port 0: "),
-    ("--port 0 --database /x/y.db", {}, "cannot use /x/y.db as the database: "),
+    ("--port 0 --database /x/y.db", {"DATABASE": "a.db"}, "cannot use /x/y.db as the database: "),
     ("--port 0", {"DATABASE": "/"}, "cannot use / as the database: "),
     ("--threads 4", {}, "unrecognized arguments: --threads 4"),
 ]
 
 
 @pytest.mark.parametrize(("options", "environ", "words"), BAD_OPTIONS, ids=short)
-def test_an_option_that_cannot_be_is_one_line_that_names_it(tmp_path, options, environ, words):
+def test_an_option_that_cannot_be_goes_before_its_variable_and_is_one_line_that_names_it(
+    tmp_path, options, environ, words
+):
     assert words in start_in_vain(None, *options.split(), folder=tmp_path, **environ)
     assert os.listdir(tmp_path) == []
 
@@ -1183,7 +1117,7 @@ def test_packages_that_are_missing_are_one_line_with_the_command_that_installs_t
     assert "No module named 'bottle'" in said and "pip install -r requirements.txt" in said
 
 
-@with_ipv6
+@pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6")
 def test_localhost_is_ipv4_and_ipv6_and_an_ipv6_address_stands_in_brackets(file):
     with Process(file) as process:
         port = process.url.rpartition(":")[2]
@@ -1211,8 +1145,7 @@ def test_it_says_where_it_listens_and_what_it_found_and_logs_requests_only_if_as
 
 def test_every_place_that_must_know_the_types_of_messages_knows_all_of_them():
     names = ("tools/launch.py", "static/openapi.json", "static/messages.js")
-    paths = {name: SERVICE.parent / name for name in names}
-    places = {name: path.read_text() if path.exists() else "" for name, path in paths.items()}
+    places = {name: (SERVICE.parent / name).read_text() for name in names}
     stand_in, _, its_fold = places.pop("tools/launch.py").partition("def fold(")
     places |= {"fold() in tools/launch.py": its_fold, "the sender of tools/launch.py": stand_in}
     places |= {"fold() in test_rockets.py": inspect.getsource(fold)}
@@ -1230,24 +1163,14 @@ def test_every_place_that_must_know_the_types_of_messages_knows_all_of_them():
 API = json.loads((rockets.STATIC / "openapi.json").read_text())
 PATHS, SCHEMAS = API["paths"], API["components"]["schemas"]
 POSTED = PATHS["/messages"]["post"]["requestBody"]["content"]["application/json"]["examples"]
-WITH_EXAMPLES = ["/rockets", "/rockets/{channel}", "/rockets/{channel}/messages?after=4"]
+ADDRESSES = ["/rockets", "/rockets/{channel}", "/rockets/{channel}/messages"]
+ADDRESSES += ["/fleet", "/health", "/metrics"]
 
 
 def resolved(part):
     """Return a part of the description, with what it refers to."""
     *_, kind, name = part.get("$ref", "/").split("/")
     return API["components"].get(kind, {}).get(name, {}) | part
-
-
-def check_keys(value, schema):
-    """Check that there are exactly the keys of the schema, at every depth where it is closed."""
-    schema = resolved(schema)
-    for each in value if "items" in schema else ():
-        check_keys(each, schema["items"])
-    if schema.get("additionalProperties") is False:
-        assert list(value) == list(schema["properties"]) == schema["required"]
-        for key, part in schema["properties"].items():
-            check_keys(value[key], part)
 
 
 def test_the_description_names_every_route_and_no_other(app):
@@ -1258,15 +1181,16 @@ def test_the_description_names_every_route_and_no_other(app):
     assert API["info"]["version"] == rockets.VERSION
 
 
-@pytest.mark.parametrize("path", [*WITH_EXAMPLES, "/fleet", "/health"])
+@pytest.mark.parametrize("path", ADDRESSES[:-1])
 def test_the_examples_of_messages_are_accepted_and_lead_to_those_of_answers(app, path):
     receipts = [post(app, example["value"]).json for example in POSTED.values()]
     assert receipts == [{"status": "applied"}] * len(rockets.MESSAGE_TYPES)
-    answer = app.get(path.format(channel=CHANNEL))
-    operation = PATHS[path.partition("?")[0]]["get"]
-    described = operation["responses"]["200"]["content"][answer.content_type]
+    query = "?after=4" if path.endswith("/messages") else ""
+    answer = app.get(path.format(channel=CHANNEL) + query)
+    described = PATHS[path]["get"]["responses"]["200"]["content"][answer.content_type]
     assert answer.json == described["example"]
-    check_keys(answer.json, described["schema"])
+    schema = resolved(described["schema"])
+    assert list(answer.json) == list(schema["properties"]) == schema["required"]
 
 
 def test_the_choices_in_the_description_are_those_of_the_service():
@@ -1292,41 +1216,14 @@ def test_the_limits_in_the_description_are_those_of_the_service():
     assert set(re.findall(r"([\d,]+) bytes", json.dumps(API))) == {f"{rockets.MAX_BODY:,}"}
 
 
-def test_the_parameters_in_the_description_are_those_that_a_path_takes(app):
-    for path in ("/rockets", "/rockets/{channel}", "/rockets/{channel}/messages", "/fleet"):
-        refusal = app.get(f"{path.format(channel=CHANNEL)}?age=1", status=400).json["detail"]
-        taken = refusal.rpartition(" has ")[2].split(", ")
+def test_an_unknown_parameter_is_a_400_that_names_those_in_the_description(app):
+    for path in ADDRESSES:
+        url = f"{path.format(channel=CHANNEL)}?sortBy=speed"
+        words, taken = app.get(url, status=400).json["detail"].split("; this address has ")
         parameters = map(resolved, PATHS[path]["get"].get("parameters", []))
         described = [each["name"] for each in parameters if each["in"] == "query"]
-        assert sorted(described or ["no parameters"]) == sorted(taken)
-
-
-def test_the_statuses_in_the_description_are_those_that_occur(app, store):
-    seen = {(path, method): set() for path in PATHS for method in PATHS[path]}
-
-    def ask(path, method="get", query="", channel=CHANNEL, **options):
-        url = path.format(channel=channel) + query
-        answer = app.request(url, method=method.upper(), status="*", **options)
-        seen[path, method].add(str(answer.status_int))
-        described = resolved(PATHS[path][method]["responses"][str(answer.status_int)])
-        for content_type, content in described.get("content", {}).items():
-            assert content_type == answer.content_type
-            check_keys(answer.json if "json" in content_type else answer.text, content["schema"])
-        return answer.headers
-
-    for body in (BODY, BODY[1:], BODY.ljust(rockets.MAX_BODY + 1)):
-        ask("/messages", "post", body=body)
-    ask("/messages", "post", body=BODY, headers={"Origin": "https://example.com"})
-    for path in set(PATHS) - {"/messages"}:
-        headers = ask(path)
-        ask(path, headers={"If-None-Match": headers.get("ETag", "-")})
-        ask(path, headers={"If-Modified-Since": headers.get("Last-Modified", "-")})
-        ask(path, query="?age=1")
-        ask(path, channel=nth(0))
-    store.connection.set_progress_handler(lambda: True, 1)  # makes each statement fail
-    for path, method in seen:
-        ask(path, method, body=BODY if method == "post" else b"")
-    assert seen == {each: set(PATHS[each[0]][each[1]]["responses"]) for each in seen}
+        assert words == "the parameter 'sortBy' is unknown"
+        assert sorted(taken.split(", ")) == sorted(described or ["no parameters"])
 
 
 def test_docs_lead_to_the_description_and_load_pinned_files_with_their_hashes(app):
@@ -1340,7 +1237,7 @@ def test_docs_lead_to_the_description_and_load_pinned_files_with_their_hashes(ap
 # The wire #########################################################################################
 
 LONG_GET = f"GET /rockets/{CHANNEL}/messages HTTP/1.1\r\nHost: rockets\r\n\r\n".encode()
-LONG = 1000  # messages that make an answer of 15 MB, more than all buffers of a socket
+LONG = 1001  # messages; an answer has 1,000 of them, 15 MB, more than all buffers of a socket
 
 
 @pytest.fixture(scope="module")
@@ -1368,11 +1265,6 @@ def with_constants(**constants):
 
 def stored(process):
     return process.request("/health")[1]["messages"]
-
-
-def commits(process):
-    metrics = exchange(process, b"GET /metrics HTTP/1.0\r\n\r\n")
-    return int(re.search(rb"\nrockets_commits_total (\d+)", metrics)[1])
 
 
 def files(process):
@@ -1417,7 +1309,7 @@ def without_host(data):
     return data.replace(b"Host: rockets\r\n", b"")
 
 
-KEEP, EXPECT = "Connection: keep-alive\r\n", "Expect: 100-continue\r\n"
+KEEP = "Connection: keep-alive\r\n"
 HEADER = 16 * 1024  # bytes
 PADDED = BODY.ljust(rockets.MAX_BODY)
 LARGE = bytes(64 * 1024)
@@ -1427,10 +1319,7 @@ FRAMES = [
     (sized(BODY, close=False) + http(BODY), [202, 202], "length"),
     (coded("chunked") + http(BODY), [202, 202], "chunked"),
     (coded("\t Chunked \t") + http(BODY), [202, 202], "chunked-in-blanks"),
-    (http(BODY, version="1.0", close=False), [202], "1.0"),
     (without_host(http(BODY, version="1.0")), [202], "1.0-without-host"),
-    (sized(BODY, KEEP, version="1.0", close=False) + http(BODY), [202, 202], "1.0-keep-alive"),
-    (sized(BODY, EXPECT), [100, 202], "expect"),
     (b"\r\n" * 5000 + http(BODY), [202], "empty-lines"),
     (sized(PADDED, close=False) + http(BODY), [202, 202], "16-KiB"),
     (coded("chunked", chunked(PADDED)) + http(BODY), [202, 202], "16-KiB-chunked"),
@@ -1482,14 +1371,6 @@ def test_what_is_no_http_is_a_400_at_once(service, data):
     assert statuses(exchange(service, data)) == [400]
 
 
-def test_a_request_may_come_byte_by_byte(service):
-    with service.connect() as connection:
-        for byte in b"\r\nGET /health HTTP/1.1\r\nHost: rockets\r\n\r\n":
-            connection.send(bytes([byte]))
-            stored(service)  # so that it has taken the byte
-        assert read_answer(connection)[0] == 200
-
-
 @pytest.mark.parametrize("name", ["Padding", "Transfer-Encoding"])
 def test_no_run_of_blanks_keeps_the_others_waiting(service, name):
     data = sized(BODY, f"{name}: a{' ' * 15_000}a\r\n")
@@ -1501,24 +1382,11 @@ def test_no_run_of_blanks_keeps_the_others_waiting(service, name):
         assert [read_answer(connection)[0] for connection in connections] == [400] * 100
 
 
-def test_resets_and_urgent_data_harm_nobody(service):
-    for _ in range(100):
-        with service.connect() as connection:
-            linger = struct.pack("ii", 1, 0)  # so that close() resets
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-            connection.sendall(http(BODY, close=False) * 3)
-    with service.connect() as connection, suppress(ConnectionError):
-        connection.send(b"!", socket.MSG_OOB)  # TCP's urgent data, which HTTP does not have
-        connection.settimeout(rockets.SILENCE / 2)
-        assert connection.recv(1) == b""
-    assert service.request("/messages", launch())[0] == 202
-
-
 def test_messages_that_come_together_share_a_commit_in_turns_of_bounded_length(file):
     with Process(file) as process, ExitStack() as stack:
         bodies = [faster(number, 1) for number in range(1, 21)]
         assert post_together(process, [*bodies, bodies[0]]) == [APPLIED] * 20 + [DUPLICATE]
-        assert commits(process) == 1
+        assert count_outcomes(process) == (20, 1, 0, 0, 0, 1)
         many = range(100, 100 + 3 * rockets.MAX_TURN)
         connections = [stack.enter_context(process.connect()) for _ in many]
         stored(process)  # so that all of them are accepted
@@ -1526,7 +1394,7 @@ def test_messages_that_come_together_share_a_commit_in_turns_of_bounded_length(f
             for number, connection in zip(many, connections, strict=True):
                 connection.sendall(sized(json.dumps(faster(number, 1)).encode()))
         assert [read_answer(connection) for connection in connections] == [APPLIED] * len(many)
-        assert (commits(process), stored(process)) == (1 + 3, 20 + len(many))
+        assert count_outcomes(process) == (20 + len(many), 1, 0, 0, 0, 1 + 3)
 
 
 def test_more_connections_at_once_than_there_may_be_are_all_answered(file):
@@ -1556,17 +1424,6 @@ def test_a_crowd_of_idle_connections_keeps_nobody_out(long_history):
 
 
 @on_linux
-def test_the_answers_of_a_client_that_does_not_read_wait_outside_of_the_memory(long_history):
-    with Process(long_history) as process, connect_deaf(process, LONG_GET * 15) as deaf:
-        assert deaf.recv(1) == b"H"
-        for number in range(LONG + 1, LONG + 31):
-            assert process.request("/messages", faster(number, 1))[0] == 202
-        assert peak_memory(process) < 150  # MB; all the answers have 230
-        deaf.shutdown(socket.SHUT_WR)
-        assert statuses(b"H" + read_to_the_end(deaf)) == [200] * 15
-
-
-@on_linux
 def test_a_connection_that_neither_sends_nor_reads_is_closed_in_the_end(long_history):
     assert rockets.SILENCE == 30
     program = with_constants(SILENCE=1.5)
@@ -1586,12 +1443,18 @@ def test_a_connection_that_neither_sends_nor_reads_is_closed_in_the_end(long_his
 
 
 @on_linux
-def test_a_large_answer_or_body_needs_no_room_on_the_disk(long_history):
+def test_large_answers_and_bodies_need_room_neither_in_the_memory_nor_on_the_disk(long_history):
     import resource
 
-    with Process(long_history) as process:
+    with Process(long_history) as process, connect_deaf(process, LONG_GET * 15) as deaf:
+        assert deaf.recv(1) == b"H"
+        for number in range(LONG + 1, LONG + 31):
+            assert process.request("/messages", faster(number, 1))[0] == 202
+        assert peak_memory(process) < 150  # MB; all the answers have 230
         resource.prlimit(process.popen.pid, resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
-        assert process.request(f"/rockets/{CHANNEL}/messages")[1]["count"] == LONG
+        deaf.shutdown(socket.SHUT_WR)
+        assert statuses(b"H" + read_to_the_end(deaf)) == [200] * 15
+        assert process.request(HISTORY)[1]["count"] == rockets.MAX_PAGE
         assert statuses(exchange(process, sized(LARGE))) == [413]
         assert statuses(exchange(process, coded("chunked", chunked(LARGE)[:-7]))) == [413]
 
@@ -1600,18 +1463,27 @@ def test_a_large_answer_or_body_needs_no_room_on_the_disk(long_history):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_body_that_is_still_coming_at_a_signal_is_taken_but_no_new_connection(file, number):
+def test_what_is_under_way_at_a_signal_is_finished_but_nobody_new_is_accepted(long_history, number):
+    bodies = [launch(channel=str(uuid.uuid4())) for _ in range(21)]
+    first, *others = [sized(json.dumps(body).encode()) for body in bodies]
     program = with_constants(GRACE_PERIOD=1000)
-    with Process(file, program=program) as process, process.connect():
-        with process.connect() as connection:
-            with process.paused():
-                connection.sendall(http(BODY)[:-20])
-                process.popen.send_signal(number)
-            wait_until(lambda: is_refused(process))
-            process.popen.send_signal(number)  # a second one changes nothing
-            connection.sendall(http(BODY)[-20:])
-            assert read_answer(connection) == APPLIED
-        # The connection that is idle is not waited for.
+    with Process(long_history, program=program) as process, ExitStack() as stack:
+        stack.enter_context(process.connect())  # it is idle, so nobody waits for it
+        deaf = stack.enter_context(connect_deaf(process, LONG_GET))
+        assert deaf.recv(1, socket.MSG_PEEK) == b"H"
+        with process.paused():
+            half, *whole = [stack.enter_context(process.connect()) for _ in range(21)]
+            half.sendall(first[:-20])
+            for connection, data in zip(whole, others, strict=True):
+                connection.sendall(data)
+            process.popen.send_signal(number)
+        wait_until(lambda: is_refused(process))
+        process.popen.send_signal(number)  # a second one changes nothing
+        assert [read_answer(connection) for connection in whole] == [APPLIED] * 20
+        half.sendall(first[-20:])
+        assert read_answer(half) == APPLIED
+        status, answer = read_answer(deaf)
+        assert (status, answer["count"]) == (200, rockets.MAX_PAGE)
         assert (process.popen.wait(60), process.logged()) == (0, "")
 
 
@@ -1624,47 +1496,3 @@ def test_what_does_not_end_within_the_grace_period_is_given_up(long_history):
             assert deaf.recv(1) == b"H"
             assert process.stop() == 0
             assert half.recv(1) == b""
-
-
-def test_a_large_answer_that_is_still_being_read_at_sigterm_arrives_whole(long_history):
-    program = with_constants(GRACE_PERIOD=1000)
-    with Process(long_history, program=program) as process:
-        with connect_deaf(process, LONG_GET) as connection:
-            assert connection.recv(1, socket.MSG_PEEK) == b"H"
-            process.popen.terminate()
-            wait_until(lambda: is_refused(process))
-            status, answer = read_answer(connection)
-            assert (status, answer["count"]) == (200, LONG)
-        assert process.popen.wait(60) == 0
-
-
-def test_requests_that_have_come_at_sigterm_are_answered(file):
-    with Process(file, program=with_constants(GRACE_PERIOD=1000)) as process, ExitStack() as stack:
-        with process.paused():
-            waiting = [stack.enter_context(process.connect()) for _ in range(20)]
-            for number, connection in enumerate(waiting, 1):
-                connection.sendall(sized(json.dumps(faster(number, 1)).encode()))
-            process.popen.terminate()
-        assert [read_answer(connection) for connection in waiting] == [APPLIED] * 20
-        assert process.popen.wait(60) == 0
-
-
-def test_a_stop_amid_senders_and_newcomers_ends_and_keeps_what_was_acknowledged(file):
-    acknowledged = []
-
-    def send(process, channel):
-        with suppress(OSError, HTTPException):  # until there is nobody to send to
-            for number in count(1):
-                process.connect().close()
-                assert process.request("/messages", faster(number, channel=channel)) == APPLIED
-                acknowledged.append((channel, number))
-
-    with ThreadPoolExecutor() as pool, Process(file) as process:
-        senders = [pool.submit(send, process, nth(place)) for place in range(5)]
-        wait_until(lambda: len(acknowledged) > 200 or senders[0].done())
-        assert process.stop() == 0
-        for sender in senders:
-            sender.result(60)
-    with closing(sqlite3.connect(file)) as connection:
-        kept = connection.execute("SELECT channel, messageNumber FROM messages").fetchall()
-    assert set(acknowledged) <= set(kept)

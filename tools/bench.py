@@ -2,14 +2,15 @@
 
     python tools/bench.py                  beside waitress as it comes, and by itself
     python tools/bench.py --against DIR    beside another checkout of this project
-    python tools/bench.py --peers PYTHON   beside FastAPI and Flask, as that Python runs them
+    python tools/bench.py --peers PYTHON   beside FastAPI and Flask, run by that Python
     python tools/bench.py --only post run  some rows of a table
 
 What is compared runs in turn, A B A B, in slices of a run, and a ratio is the median of the runs'
 ratios, as times on a shared machine move. "waitress as it comes" is waitress.serve() around
-handlers that do nothing. The peers keep messages in the same store, with a commit for each; that
-Python needs this project's packages, fastapi, uvicorn, flask and gunicorn. Each request is a new
-connection, except where a row says otherwise. All files are removed in the end. Needs Linux.
+handlers that do nothing. The other peers keep messages in the same store, with a commit for each.
+The Python for them needs this project's packages, fastapi, uvicorn, flask and gunicorn. Each
+request is a new connection, except where a row says otherwise. The databases are in the current
+folder, whose disk counts, and are removed in the end. Needs Linux.
 """
 
 import argparse
@@ -45,7 +46,6 @@ import rockets  # noqa: E402
 SLICES = 8  # in one run, which takes some seconds; whatever else the machine does meets all alike
 POSTS = 500  # in one slice
 GETS = 400  # of one rocket, or answered with 304, in one slice
-LISTS = {20: 125, 1000: 25, 10_000: 25}  # rockets, and GETs of their first 1,000 in one slice
 LIST = "/rockets?sort=speed&order=desc&limit=1000"
 SMALL, LARGE = 10_000, 1_000_000  # messages stored
 FILLING = 5000  # messages in a transaction while a database is filled
@@ -127,6 +127,13 @@ def serve_flask(database: str) -> None:
     options += [f"--chdir={Path(__file__).parent}", f"bench:flask_app({database!r})"]
     os.execv(sys.executable, [sys.executable, "-m", "gunicorn", *options])
 
+
+PEERS = {
+    "waitress as it comes": serve_nothing,
+    "waitress's own thread": serve_thread,
+    "FastAPI and uvicorn": serve_fastapi,
+    "Flask and gunicorn": serve_flask,
+}
 
 # Load #############################################################################################
 
@@ -215,41 +222,46 @@ def filled(database: Path, size: int) -> tuple:
 # Rows #############################################################################################
 
 ROCKET = f"/rockets/{next(launch.fly(seed=445))['metadata']['channel']}"
-POSTING = [
-    (f"durable POST, {number} at a time", 0, partial(Server.post_rate, concurrency=number))
-    for number in (1, 3, 20)
-]
-GETTING = partial(Server.get_rate, path=ROCKET, count=GETS, concurrency=3)
-LISTING = [
-    (f"list of {min(fleet, 1000):,} of {fleet:,} rockets", fleet, partial(
-        Server.get_rate, path=LIST, count=gets, concurrency=1))
-    for fleet, gets in LISTS.items()
-]
-COMPARED = {  # (what is measured, rockets that are there, how)
-    "post": POSTING,
-    "thread": POSTING,
-    "rocket": [("`GET /rockets/<channel>`, 3 at a time", 20, GETTING)],
-    "lists": LISTING,
-    "unchanged": [("fitting `If-None-Match`, connection kept", 20, Server.unchanged_rate)],
-}
 
 
-def compare(row: str, opponents: dict, folder: Path, pairs: int) -> Iterator[Row]:
-    for what, fleet, measure in COMPARED[row]:
-        starts = [partial(service, ROOT), *opponents.values()]
-        with ExitStack() as stack:
-            databases = [Path(tempfile.mkdtemp(dir=folder)) / "rockets.db" for _ in starts]
-            servers = [start(database) for start, database in zip(starts, databases, strict=True)]
-            for server in servers:
-                stack.enter_context(server).launch_rockets(fleet)
-            ours, *others = zip(*measure_in_turn(servers, measure, pairs), strict=True)
-        if not others:
-            yield what, f"{1000 / median(ours):.2f} ms"
-        for name, theirs in zip(opponents, others, strict=True):
-            ratios = sorted(our / their for our, their in zip(ours, theirs, strict=True))
-            times = f"{median(ratios):.2f} times ({ratios[0]:.2f} to {ratios[-1]:.2f})"
-            figures = f"{median(ours):,.0f} against {median(theirs):,.0f} a second"
-            yield f"{what}, against {name}", f"{times}: {figures}"
+def posting(concurrency: int) -> Callable:
+    return partial(Server.post_rate, concurrency=concurrency)
+
+
+def getting(path: str, count: int, concurrency: int) -> Callable:
+    return partial(Server.get_rate, path=path, count=count, concurrency=concurrency)
+
+
+NOTHING, THREAD, *OTHERS = PEERS
+COMPARED = (  # row, what is measured, rockets that are there, how, against whom
+    ("post", "durable POST, 1 at a time", 0, posting(1), (NOTHING, THREAD)),
+    ("post", "durable POST, 3 at a time", 0, posting(3), (NOTHING, THREAD)),
+    ("post", "durable POST, 20 at a time", 0, posting(20), (NOTHING, THREAD)),
+    ("rocket", "GET of one rocket, 3 at a time", 20, getting(ROCKET, GETS, 3), (NOTHING,)),
+    ("lists", "list of 20 rockets", 20, getting(LIST, 125, 1), ()),
+    ("lists", "list of 1,000 rockets", 1000, getting(LIST, 25, 1), ()),
+    ("lists", "list of 1,000 of 10,000 rockets", 10_000, getting(LIST, 25, 1), ()),
+    ("unchanged", "unchanged list, connection kept", 20, Server.unchanged_rate, (NOTHING,)),
+)
+
+
+def compare(
+    what: str, fleet: int, measure: Callable, opponents: dict, folder: Path, pairs: int
+) -> Iterator[Row]:
+    with ExitStack() as stack:
+        servers = []
+        for start in (partial(service, ROOT), *opponents.values()):
+            database = Path(tempfile.mkdtemp(dir=folder)) / "rockets.db"
+            servers.append(stack.enter_context(start(database)))
+            servers[-1].launch_rockets(fleet)
+        ours, *others = zip(*measure_in_turn(servers, measure, pairs), strict=True)
+    if not others:
+        yield what, f"{1000 / median(ours):.2f} ms"
+    for name, theirs in zip(opponents, others, strict=True):
+        ratios = sorted(our / their for our, their in zip(ours, theirs, strict=True))
+        times = f"{median(ratios):.2f} times ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+        figures = f"{median(ours):,.0f} against {median(theirs):,.0f} a second"
+        yield f"{what}, against {name}", f"{times}: {figures}"
 
 
 def measure_in_turn(servers: list[Server], measure: Callable, pairs: int) -> list[list[float]]:
@@ -301,43 +313,45 @@ def measure_run(folder: Path) -> Iterator[Row]:
 ALONE = {"growth": measure_growth, "run": measure_run}
 
 
-def choose_opponents(against: Path | None, peers: str | None) -> dict[str, dict]:
-    """Return the servers to compare with, by row and by name."""
-    if against:
-        there = {str(against): partial(service, against.resolve())}
-        return dict.fromkeys(("post", "rocket", "lists"), there)
-    if peers:
-        names = {"FastAPI and uvicorn": "fastapi", "Flask and gunicorn": "flask"}
-        return {"post": {name: partial(peer, peers, names[name]) for name in names}}
-    nothing = {"waitress as it comes": partial(peer, sys.executable, "nothing")}
-    name = "waitress's own threads with a commit for each message"
-    thread = {name: partial(peer, sys.executable, "thread")}
-    return dict.fromkeys(COMPARED, nothing) | {"thread": thread, "lists": {}}
+def choose_opponents(args: argparse.Namespace, names: tuple[str, ...]) -> dict[str, Callable]:
+    """Return what starts the servers to compare with, by name."""
+    if args.against:
+        return {str(args.against): partial(service, args.against.resolve())}
+    if args.peers:
+        return {name: partial(peer, args.peers, name) for name in OTHERS}
+    return {name: partial(peer, sys.executable, name) for name in names}
 
 
-def main() -> None:
-    """Read the command line, measure, and print the table."""
+def read_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     option = parser.add_argument
     beside = parser.add_mutually_exclusive_group().add_argument
     beside("--against", metavar="DIR", type=Path, help="compare with the service of that folder")
     beside("--peers", metavar="PYTHON", help="compare with FastAPI and Flask, run by that Python")
     option("--pairs", metavar="N", type=int, default=7, help="runs of each; default: 7")
-    rows = [*COMPARED, *ALONE]
+    rows = [*dict.fromkeys(row for row, *_ in COMPARED), *ALONE]
     text = f"some rows of the table: {', '.join(rows)}"
     option("--only", metavar="ROW", nargs="+", choices=rows, default=rows, help=text)
-    text = "for the databases; its disk is what counts; default: the current folder"
-    option("--folder", type=Path, default=Path(), help=text)
-    args = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="bench-", dir=args.folder.resolve()) as name:
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = read_arguments()
+    if args.peers:
+        args.only = ["post"]
+    elif args.against:
+        args.only = [row for row in args.only if row not in ALONE]
+    with tempfile.TemporaryDirectory(prefix="bench-", dir=".") as name:
+        folder = Path(name).resolve()
         machine = f"{os.cpu_count()} cores, Python {platform.python_version()}"
         print(f"{date.today()}, {machine}, SQLite {sqlite3.sqlite_version}\n")
         print("| measured | figure |\n|---|---|", flush=True)
-        opponents = choose_opponents(args.against, args.peers)
-        wanted = [row for row in opponents if row in args.only]
-        tables = [compare(row, opponents[row], Path(name), args.pairs) for row in wanted]
-        if not (args.against or args.peers):
-            tables += [ALONE[row](Path(name)) for row in ALONE if row in args.only]
+        tables = [
+            compare(*how, choose_opponents(args, names), folder, args.pairs)
+            for row, *how, names in COMPARED
+            if row in args.only
+        ]
+        tables += [measure(folder) for row, measure in ALONE.items() if row in args.only]
         for what, figure in chain.from_iterable(tables):
             print(f"| {what} | {figure} |", flush=True)
 
@@ -345,7 +359,7 @@ def main() -> None:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["serve"]:
         logging.getLogger("waitress").setLevel("ERROR")  # not a line for each request that waits
-        globals()[f"serve_{sys.argv[2]}"](sys.argv[3])
+        PEERS[sys.argv[2]](sys.argv[3])
     else:
         try:
             main()

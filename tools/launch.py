@@ -12,6 +12,7 @@ service serves with what its messages add up to, and exits 1 if there is a diffe
 
 import argparse
 import json
+import math
 import random
 import re
 import socket
@@ -21,13 +22,14 @@ import tempfile
 import threading
 import time
 import uuid
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, suppress
 from datetime import datetime
+from functools import partial
 from heapq import heappop, heappush
 from http.client import HTTPException
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from urllib.parse import urljoin, urlsplit
 from urllib.request import ProxyHandler, build_opener
@@ -152,46 +154,54 @@ class Sender:
         self.address = (parts.hostname, parts.port or 80)
         self.concurrency, self.delay = concurrency, delay
         self.turn = threading.Lock()  # to take the next request
-        self.contents: Iterator[bytes] = iter(())
-        self.ready = 0.0  # when it may be sent, a second of time.perf_counter()
+        self.requests: Iterator[bytes] = iter(())
+        self.ready = 0.0  # when the next one may be sent, a second of time.perf_counter()
+        self.repeats: deque[tuple[float, bytes]] = deque()  # when they are due, and requests
         self.lock = threading.Lock()  # for what is counted
         self.done = 0  # requests
         self.duplicates = 0  # answers that say so
         self.retries: Counter[str] = Counter()  # by reason
 
-    def run(self, contents: Iterable[bytes], on_step: Callable[[], None] = lambda: None) -> float:
+    def run(self, requests: Iterable[bytes], watcher: Iterator = iter(())) -> float:
         """Send all requests, and return the seconds that it took.
 
-        on_step() is called at each STEP, while requests are under way.
+        The watcher is asked for its next item at each STEP, while requests are under way.
         """
-        self.contents = iter(contents)
+        self.requests = iter(requests)
         began = time.perf_counter()
         threads = [threading.Thread(target=self.work, daemon=True) for _ in range(self.concurrency)]
         for thread in threads:
             thread.start()
         for thread in threads:
             while thread.is_alive():
-                on_step()
+                next(watcher, None)
                 thread.join(STEP)
         return time.perf_counter() - began
 
     def work(self) -> None:
-        while True:
-            with self.turn:
-                time.sleep(max(0, self.ready - time.perf_counter()))
-                self.ready = time.perf_counter() + self.delay
-                content = next(self.contents, None)
-            if content is None:
-                return
-            while not self.deliver(content):
-                time.sleep(RETRY_AFTER)
+        while request := self.take():
+            if not self.deliver(request):
+                self.repeats.append((time.perf_counter() + RETRY_AFTER, request))
 
-    def deliver(self, content: bytes) -> bool:
+    def take(self) -> bytes:
+        """Return the next request when it may be sent; an empty one if none is left."""
+        with self.turn:
+            due, request = self.repeats[0] if self.repeats else (math.inf, b"")
+            if due > time.perf_counter() and (new := next(self.requests, b"")):
+                sleep_until(self.ready)
+                self.ready = time.perf_counter() + self.delay
+                return new
+            if request:
+                self.repeats.popleft()
+                sleep_until(due)
+            return request
+
+    def deliver(self, request: bytes) -> bool:
         """Send a request once, and tell whether it was answered with a 2xx."""
         answer, failure = b"", "Closed without an answer"
         try:
             with socket.create_connection(self.address, TIMEOUT) as connection:
-                connection.sendall(content)
+                connection.sendall(request)
                 while received := connection.recv(1 << 16):
                     answer += received
         except OSError as error:
@@ -206,6 +216,10 @@ class Sender:
             return False
 
 
+def sleep_until(moment: float) -> None:
+    time.sleep(max(0, moment - time.perf_counter()))
+
+
 # The service ######################################################################################
 
 SERVICE = Path(__file__).resolve().parent.parent / "rockets.py"
@@ -218,6 +232,13 @@ def start(*command: object) -> tuple[subprocess.Popen, str]:
     if not listens:
         raise OSError(f"{command[-1]} does not start, and exits with {process.wait()}")
     return process, listens[0]
+
+
+def stop(process: subprocess.Popen) -> None:
+    """Kill a server, if it still runs."""
+    process.kill()
+    process.wait()
+    process.stdout.close()
 
 
 def service(database: Path, port: int = 0, program: Path = SERVICE) -> list[object]:
@@ -254,8 +275,11 @@ def compare(expected: dict[str, dict], served: dict[str, dict]) -> Iterator[str]
 
 # Command line #####################################################################################
 
-BAR = 30  # characters
+BAR = 24  # characters, so that the line has at most 80
 IS_TERMINAL = sys.stdout.isatty()
+SAY_EVERY = 0.1 if IS_TERMINAL else 10  # seconds
+KILLS = 5
+DEMO = {"max_messages": 20_000, "duplicates": 0.1, "reorder": 20_000, "concurrency_level": 20}
 FAILURES = (OSError, ValueError, LookupError, HTTPException)  # of read_rockets()
 
 
@@ -264,104 +288,98 @@ def say(line: str, end: str = "\n") -> None:
     print(f"\r\x1b[K{line}" if IS_TERMINAL else line, end=end, flush=True)
 
 
-class Flight:
-    """One run: what is sent to a service, how far it is, and what the service made of it."""
-
-    def __init__(self, args: argparse.Namespace, url: str):
-        self.args, self.url = args, url
-        self.sender = Sender(url, args.concurrency_level, args.message_delay)
-        self.expected = round(args.max_messages * (1 + args.duplicates))  # about, with the copies
-        self.sent: dict[str, list[dict]] = defaultdict(list)  # messages by channel, without copies
-        self.began = self.shown = time.perf_counter()
-
-    def requests(self) -> Iterator[bytes]:
-        """Yield all requests in the order in which they are to be sent."""
-        bodies = map(self.note, islice(fly(self.args.seed), self.args.max_messages))
-        for body in disorder(bodies, self.args.seed, self.args.reorder, self.args.duplicates):
-            yield http_request("POST", self.url, body)
-
-    def note(self, message: dict) -> bytes:
-        self.sent[message["metadata"]["channel"]].append(message)
-        return json.dumps(message).encode()
-
-    def show(self) -> None:
-        """Say how far it is: by a bar on a terminal, elsewhere once in ten seconds."""
-        now, done = time.perf_counter(), self.sender.done
-        if now < self.shown + (0.1 if IS_TERMINAL else 10):
-            return
-        self.shown = now
-        left = max(0, self.expected - done) * (now - self.began) / max(1, done)
-        full = min(BAR, BAR * done // self.expected)
-        line = f"{done:,} messages, {self.sender.retries.total():,} retries, {left:,.0f} s left"
+def progress(sender: Sender, expected: int) -> Iterator[None]:
+    """Say now and then how far the sender is with the expected number of requests."""
+    began = time.perf_counter()
+    for moment in count(began + SAY_EVERY, SAY_EVERY):
+        while time.perf_counter() < moment:
+            yield
+        done = sender.done
+        left = max(0, expected - done) * (moment - began) / max(1, done)
+        line = f"{done:,} messages, {sender.retries.total():,} retries, {left:,.0f} s left"
         if IS_TERMINAL:
-            say(f"{'█' * full}{'░' * (BAR - full)} {line}", end="")
+            bar = "█" * min(BAR, BAR * done // expected)
+            say(f"{bar:░<{BAR}} {line}", end="")
         else:
             say(line)
 
-    def summary(self) -> str:
-        done, took = self.sender.done, time.perf_counter() - self.began
-        reasons = [f"{times:,} × {reason}" for reason, times in self.sender.retries.items()]
-        line = f"{done:,} messages in {took:,.1f} s, {done / took:,.0f} a second, "
-        line += f"{self.sender.duplicates:,} duplicates, retries: "
-        return line + (", ".join(reasons) or "none")
 
-    def run(self, on_step: Callable[[], None]) -> bool:
-        """Send and compare; tell whether all is right."""
-        held = {}
-        with suppress(*FAILURES):  # the service may not run yet
-            held = read_rockets(self.url)
-        try:
-            self.sender.run(self.requests(), on_step)
-        finally:  # after Ctrl-C as well
-            say(self.summary())
-        return self.args.no_verify or self.verify(held)
-
-    def verify(self, held: dict[str, dict]) -> bool:
-        """Say what the service got wrong, where it held these rockets before the run."""
-        rockets = {channel: fold(messages) for channel, messages in self.sent.items()}
-        for channel in rockets.keys() & held.keys():
-            if held[channel]["lastMessageNumber"] > rockets[channel]["lastMessageNumber"]:
-                say(
-                    f"not compared: the service held later messages of seed {self.args.seed} "
-                    "before this run; start it with --reset, or take another --seed"
-                )
-                return False
-            del rockets[channel]["launchedAt"], rockets[channel]["updatedAt"]  # of an earlier run
-        differences = list(compare(rockets, read_rockets(self.url)))
-        for line in (*differences, f"{len(rockets)} rockets, {len(differences):,} differences"):
-            say(line)
-        return not differences
-
-
-class Demo:
-    """The service on a database of its own, which is killed while messages come."""
-
-    kills = 5
-    defaults = {"max_messages": 20_000, "duplicates": 0.1, "reorder": 20_000}
-    defaults |= {"concurrency_level": 20}
-
-    def __init__(self, args: argparse.Namespace, folder: str):
-        self.database = Path(folder) / "rockets.db"
-        self.process, url = start(*service(self.database))
-        self.port = urlsplit(url).port
-        self.flight = Flight(args, f"{url}/messages")
-        self.killed = 0
-
-    def step(self) -> None:
-        """Show how far it is, and kill the service if the next part of the messages is done."""
-        self.flight.show()
-        done, part = self.flight.sender.done, self.flight.expected / (self.kills + 1)
-        if self.killed < self.kills and done >= part * (self.killed + 1):
-            self.killed += 1
+def with_kills(
+    process: subprocess.Popen,
+    command: list,
+    stack: ExitStack,
+    contents: Iterator[bytes],
+    total: int,
+) -> Iterator[bytes]:
+    """Yield requests, and after each part of them kill the service and start it again."""
+    parts = [total * number // (KILLS + 1) for number in range(1, KILLS + 1)]
+    for place, content in enumerate(contents):
+        if place in parts:
             began = time.perf_counter()
-            self.stop()
-            self.process, _ = start(*service(self.database, self.port))
+            stop(process)
+            process, _ = start(*command)
+            stack.callback(stop, process)
             took = time.perf_counter() - began
-            say(f"kill {self.killed} of {self.kills} after {done:,} messages, back in {took:.2f} s")
+            number = parts.index(place) + 1
+            say(f"kill {number} of {KILLS} after {place:,} messages, back in {took:.2f} s")
+        yield content
 
-    def stop(self) -> None:
-        self.process.kill()
-        self.process.communicate()
+
+def requests(args: argparse.Namespace, url: str, sent: dict[str, list[dict]]) -> Iterator[bytes]:
+    """Yield all requests in the order in which to send them, and note their messages."""
+
+    def note(message: dict) -> bytes:
+        sent[message["metadata"]["channel"]].append(message)
+        return json.dumps(message).encode()
+
+    bodies = map(note, islice(fly(args.seed), args.max_messages))
+    for body in disorder(bodies, args.seed, args.reorder, args.duplicates):
+        yield http_request("POST", url, body)
+
+
+def send_all(args: argparse.Namespace, url: str, interrupt: Callable) -> bool:
+    """Send what interrupt() makes of all requests, compare, and tell whether all is right."""
+    sent: dict[str, list[dict]] = defaultdict(list)  # messages by channel, without copies
+    total = round(args.max_messages * (1 + args.duplicates))  # about, with the copies
+    sender = Sender(url, args.concurrency_level, args.message_delay)
+    held = {}
+    with suppress(*FAILURES):  # the service may not run yet
+        held = read_rockets(url)
+    flight = islice(fly(args.seed), args.max_messages)
+    last = Counter(message["metadata"]["channel"] for message in flight)
+    there = last.keys() & held.keys()
+    is_overtaken = any(held[channel]["lastMessageNumber"] > last[channel] for channel in there)
+    if is_overtaken:
+        say(f"the service holds later messages of seed {args.seed} than this run sends")
+    began = time.perf_counter()
+    try:
+        sender.run(interrupt(requests(args, url, sent), total), progress(sender, total))
+    finally:  # after Ctrl-C as well
+        summarize(sender, time.perf_counter() - began)
+    if is_overtaken:
+        say("not compared: start the service with --reset, or take another --seed")
+        return False
+    return verify(url, sent, held)
+
+
+def summarize(sender: Sender, took: float) -> None:
+    done, retries = sender.done, sender.retries
+    line = f"{done:,} messages in {took:,.1f} s, {done / took:,.0f} a second, "
+    say(f"{line}{sender.duplicates:,} duplicates, {retries.total():,} retries")
+    for reason, times in retries.items():
+        say(f"  {times:,} after: {reason}")
+
+
+def verify(url: str, sent: dict[str, list[dict]], held: dict[str, dict]) -> bool:
+    """Say where the service differs from what the messages add up to."""
+    rockets = {channel: fold(messages) for channel, messages in sent.items()}
+    for channel in rockets.keys() & held.keys():  # their times are of an earlier run
+        del rockets[channel]["launchedAt"], rockets[channel]["updatedAt"]
+    differences = list(compare(rockets, read_rockets(url)))
+    for line in differences:
+        say(line)
+    say(f"{len(rockets)} rockets, {len(differences):,} differences")
+    return not differences
 
 
 def seconds(text: str) -> float:
@@ -389,10 +407,9 @@ def read_arguments(words: list[str]) -> argparse.Namespace:
     option("url", nargs="?", help="where to post, such as http://localhost:8088/messages")
     for name, metavar, read, default, text in OPTIONS:
         option(name, metavar=metavar, type=read, default=default, help=text)
-    option("--no-verify", action="store_true", help="don't compare what the service serves")
     option("--demo", action="store_true", help="start a service, and kill it while messages come")
     if "--demo" in words:
-        parser.set_defaults(**Demo.defaults)
+        parser.set_defaults(**DEMO)
     args = parser.parse_args(words[1:] if words[:1] == ["launch"] else words)
     if not args.demo and urlsplit(args.url or "").scheme != "http":
         parser.error("a URL is needed, such as http://localhost:8088/messages")
@@ -401,17 +418,26 @@ def read_arguments(words: list[str]) -> argparse.Namespace:
     return args
 
 
+def run_demo(args: argparse.Namespace) -> bool:
+    """Kill a service with a database of its own while it is sent all messages."""
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="launch-") as folder, ExitStack() as stack:
+        database = Path(folder) / "rockets.db"
+        process, url = start(*service(database))
+        stack.callback(stop, process)
+        again = service(database, urlsplit(url).port)
+        is_right = send_all(args, f"{url}/messages", partial(with_kills, process, again, stack))
+    say(f"the demo took {time.perf_counter() - began:.1f} s")
+    return is_right
+
+
 def main() -> None:
     args = read_arguments(sys.argv[1:])
-    with tempfile.TemporaryDirectory(prefix="launch-") as folder, ExitStack() as stack:
-        if args.demo:
-            demo = Demo(args, folder)
-            stack.callback(demo.stop)
-            flight, step = demo.flight, demo.step
-        else:
-            flight = Flight(args, args.url)
-            step = flight.show
-        sys.exit(0 if flight.run(step) else 1)
+    if args.demo:
+        is_right = run_demo(args)
+    else:
+        is_right = send_all(args, args.url, lambda contents, _: contents)
+    sys.exit(0 if is_right else 1)
 
 
 if __name__ == "__main__":

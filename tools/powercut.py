@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 from ast import literal_eval
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from itertools import islice
@@ -37,7 +37,6 @@ SECTOR = 512  # bytes, which a disk writes as a whole or not at all
 CONNECTIONS = 4  # at a time
 DUPLICATES, REORDER = 0.1, 20  # share of the messages, places
 PADDING = 2000  # characters in a message; SQLite begins a checkpoint after 1,000 pages of 4 KiB
-EARLY = 0.2  # of the cuts come before the first message, where hardly any would be by chance
 
 REPLAYED = "openat pwrite64 ftruncate fsync fdatasync ?unlink unlinkat recvfrom sendto".split()
 OTHERS = "write writev pwritev fallocate ?rename ?renameat renameat2 sendmsg".split()
@@ -230,11 +229,7 @@ def faults(program: Path, database: Path, acknowledged: dict[tuple, dict]) -> It
 def cut_often(program: Path, trace: list[Call], folder: Path, cuts: int) -> int:
     """Cut the power at random moments; return after how many cuts anything was wrong."""
     dice, machine, done, bad_cuts = random.Random(SEED), Machine(folder / "live"), 0, 0
-    started = next(place for place, (name, *_) in enumerate(trace) if name == "recvfrom")
-    early = round(cuts * EARLY)
-    moments = dice.choices(range(started), k=early)
-    moments += dice.choices(range(len(trace) + 1), k=cuts - early)
-    for moment in sorted(moments):
+    for moment in sorted(dice.choices(range(len(trace) + 1), k=cuts)):
         for call in trace[done:moment]:
             machine.replay(*call)
         done, left = moment, folder / "left"
