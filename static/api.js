@@ -1,7 +1,5 @@
 // Asking the service. The browser's own cache sends If-None-Match, as answers are "no-cache".
 
-import {setClock} from "./format.js";
-
 const PATIENCE = 5000;  // ms for an answer
 
 /** What keeps an answer from being shown. */
@@ -23,14 +21,9 @@ async function request(path, signal) {
   } catch (error) {
     throw new Failure(0, String(error));
   }
-  setClock(answer.headers.get("Date"));
-  let json;
-  try {
-    json = JSON.parse(text);
-  } catch {  // a proxy's page
-    throw new Failure(answer.status, `${answer.status} ${answer.statusText}`.trim());
-  }
-  if (!answer.ok) throw new Failure(answer.status, json.detail ?? String(answer.status));
+  const isJson = answer.headers.get("Content-Type")?.includes("json");  // a proxy's page is not
+  const json = isJson ? JSON.parse(text) : {detail: `${answer.status} ${answer.statusText}`};
+  if (!answer.ok || !isJson) throw new Failure(answer.status, json.detail);
   return {json, answer};
 }
 

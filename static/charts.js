@@ -1,168 +1,171 @@
-// The two charts: a rocket's speed over time, and the messages per second of the whole fleet.
+// The two charts, drawn by uPlot; what is marked in them is drawn by hand on its canvas.
 
-import {byId} from "./dom.js";
-import {describe} from "./messages.js";
-import {duration, exact, local, number} from "./format.js";
+import {exact, nameOf, number} from "./format.js";
 
-const HEIGHT = 200;  // CSS pixels
-const MARKS = {  // by what is marked: its colour's name in the style sheet, and its dashes
-  gap: ["--warn", [2, 4]],
-  mission: ["--soft", [6, 4]],
-  explosion: ["--danger", []],
+/* global uPlot */
+
+const ROOM = 34;  // px, the least width between two marks of missions
+
+const colour = (name) => getComputedStyle(document.body).getPropertyValue(name).trim();
+const pixels = (count) => count * devicePixelRatio;
+const sizeOf = ({clientWidth, clientHeight}) => ({width: clientWidth, height: clientHeight});
+
+const axis = {
+  font: "11px system-ui, sans-serif",
+  stroke: () => colour("--soft"),
+  grid: {stroke: () => colour("--line"), width: 1},
+  ticks: {show: false},
+  values: (plot, levels) => levels.map(number),
 };
+const line = {width: 1.5, stroke: () => colour("--accent"), fill: () => colour("--wash")};
 
-let plot = null;
-let entries = [];  // what the plot shows
-
-/** Return what is marked at an entry: "gap", "mission", "explosion" or "". */
-function markOf({type, missing, mission, number: place}) {
-  if (type === "RocketExploded") return "explosion";
-  if (missing > 0) return "gap";
-  return mission !== null && place > 1 ? "mission" : "";
-}
-
-/** Return a colour of the style sheet as a canvas takes it. */
-function colour(name) {
-  const node = byId("readout");
-  node.style.color = `var(${name})`;
-  const found = getComputedStyle(node).color;
-  node.style.color = "";
-  return found;
-}
-
-/** Return the labels of the time axis, as exact as the seconds between them ask for. */
-function timeLabels(plotted, times, axis, space, step) {
-  const [first, end] = step < 60 ? [11, 19] : step < 86400 ? [11, 16] : [0, 10];
-  return times.map((time) => local(new Date(time * 1000)).slice(first, end));
-}
-
-function drawMarks({ctx, bbox, valToPos}) {
-  ctx.save();
-  for (const entry of entries) {
-    const mark = markOf(entry);
-    if (!mark) continue;
-    const x = Math.round(valToPos(Date.parse(entry.time) / 1000, "x", true));
-    if (x < bbox.left || x > bbox.left + bbox.width) continue;
-    const [name, dashes] = MARKS[mark];
-    ctx.strokeStyle = colour(name);
-    ctx.setLineDash(dashes);
-    ctx.globalAlpha = mark === "explosion" ? 1 : 0.5;
-    ctx.beginPath();
-    ctx.moveTo(x, bbox.top);
-    ctx.lineTo(x, bbox.top + bbox.height);
-    ctx.stroke();
+/** Make a chart that keeps to the size of its holder, and to the colours of the page. */
+function makeChart(holder, options) {
+  const plot = new uPlot({...sizeOf(holder), legend: {show: false}, ...options}, [[], []], holder);
+  new ResizeObserver(() => plot.setSize(sizeOf(holder))).observe(holder);
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => plot.redraw());
+  for (const event of ["beforeprint", "afterprint"]) {
+    addEventListener(event, () => {
+      document.documentElement.classList.toggle("printing", event === "beforeprint");
+      plot.redraw();
+    });
   }
-  ctx.restore();
+  return plot;
 }
 
-/** Say what the pointer is at, or what the whole chart shows. */
-function showReadout(place) {
-  const entry = entries[place];
-  const readout = byId("readout");
-  if (!entry) {
-    readout.textContent = entries.length ? "Point at the chart to read it; drag to zoom." : "";
-    return;
-  }
-  const speed = entry.speed === null ? "unknown" : number(entry.speed);
-  const missing = entry.missing ? `, ${number(entry.missing)} missing before it` : "";
-  readout.textContent = `${exact(entry.time)}: speed ${speed}; message `
-    + `${number(entry.number)}${missing}: ${describe(entry)}`;
-}
-
-function makePlot(node, data) {
-  const axis = {stroke: colour("--soft"), grid: {stroke: colour("--line"), width: 1}};
-  const options = {
-    width: node.clientWidth,
-    height: HEIGHT,
-    legend: {show: false},
-    cursor: {y: false},
-    axes: [{...axis, values: timeLabels}, {...axis, size: 70, values: (_, values) => values.map((value) => number(value))}],
-    series: [{}, {
-      stroke: colour("--accent"),
-      width: 2,
-      points: {show: data[0].length < 60},
-      paths: uPlot.paths.stepped({align: 1}),
-    }],
-    hooks: {
-      draw: [drawMarks],
-      setCursor: [({cursor}) => showReadout(cursor.idx)],
-      setScale: [({scales, data: [times]}) => {
-        const {min, max} = scales.x;
-        byId("unzoom").hidden = !times.length || (min <= times[0] && max >= times.at(-1));
-      }],
+/** Make the chart of rates; where one is null, the curve has a gap. */
+export function rateChart(holder) {
+  let range = [0, 1];
+  const plot = makeChart(holder, {
+    cursor: {show: false},
+    padding: [4, 4, 4, 0],
+    scales: {x: {range: () => range}, y: {range: (_, low, high) => [0, Math.max(1, high) * 1.1]}},
+    axes: [{show: false}, {...axis, size: 34, space: 20}],
+    series: [{}, {...line, points: {show: false}}],
+  });
+  return {
+    show(samples, from, to) {
+      range = [from / 1000, to / 1000];
+      plot.setData([samples.map(({at}) => at / 1000), samples.map(({rate}) => rate)]);
     },
   };
-  return new uPlot(options, data, node);
 }
 
-/** Return in words what the chart shows. */
-function describeChart() {
-  const known = entries.filter(({speed}) => speed !== null);
-  if (!known.length) return "Speed over time: not known yet";
-  const speeds = known.map(({speed}) => speed);
-  const least = number(Math.min(...speeds.slice(-5000)));
-  const most = number(Math.max(...speeds.slice(-5000)));
-  const span = duration(Date.parse(known.at(-1).time) - Date.parse(known[0].time));
-  const gaps = entries.filter((entry) => markOf(entry) === "gap").length;
-  return `Speed over time: from ${least} to ${most} within ${span}, now ${number(speeds.at(-1))}; `
-    + `${gaps} gaps`;
-}
+// Speed over time /////////////////////////////////////////////////////////////////////////////////
 
-/** Show a rocket's trace. A zoom is kept while the same rocket gets news. */
-export function showSpeeds(trace, isOther) {
-  const node = byId("chart");
-  entries = [...trace].sort((a, b) => Date.parse(a.time) - Date.parse(b.time));
-  const times = entries.map(({time}) => Date.parse(time) / 1000);
-  const data = [times, entries.map(({speed}) => speed)];
-  node.ariaLabel = describeChart();
-  if (isOther || !plot) {
-    plot?.destroy();
-    plot = makePlot(node, data);
-    showReadout(null);
-    return;
-  }
-  const isZoomed = !byId("unzoom").hidden;
-  plot.setData(data, !isZoomed);
-  if (isZoomed) plot.redraw();
-}
-
-export function startCharts() {
-  byId("unzoom").addEventListener("click", () => plot.setData(plot.data));
-  new ResizeObserver(([{contentRect: {width}}]) => {
-    if (width) plot?.setSize({width, height: HEIGHT});
-  }).observe(byId("chart"));
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
-    if (plot) showSpeeds(entries, true);
+/** Return the labels of a time axis, with the date below where it changes. */
+function timeLabels(plot, splits, index, space, step) {
+  let day = "";
+  return splits.map((seconds) => {
+    const [date, clock] = exact(seconds * 1000).split(" ");
+    const label = clock.slice(0, step < 60 ? 8 : 5);
+    const isSame = date === day;
+    day = date;
+    return isSame ? label : `${label}\n${date}`;
   });
 }
 
-const MOST_RATES = 90;  // polls
-let rates = [];  // [time in s, messages a second or null in an outage]
-let before = null;  // the total of the poll before, and when it was
-let ratePlot = null;
-
-function drawRates() {
-  const node = byId("rates");
-  const data = [rates.map(([time]) => time), rates.map(([, rate]) => rate)];
-  if (ratePlot) {
-    ratePlot.setData(data);
-    return;
-  }
-  const options = {
-    width: node.clientWidth || 200, height: 40, legend: {show: false}, cursor: {show: false},
-    axes: [{show: false}, {show: false}],
-    series: [{}, {stroke: colour("--accent"), width: 1.5, points: {show: false}}],
-  };
-  ratePlot = new uPlot(options, data, node);
+/** Return a time for each entry, in seconds; one that runs backwards counts as the one before. */
+function timesOf(entries) {
+  let last = -Infinity;
+  return entries.map(({time}) => (last = Math.max(last, Date.parse(time) / 1000)));
 }
 
-/** Add the rate since the poll before. Without an answer there is none: the curve has a gap. */
-export function addRate(messages) {
-  const time = Date.now() / 1000;
-  const isKnown = before !== null && messages !== null && messages >= before.messages;
-  const rate = isKnown ? (messages - before.messages) / (time - before.time) : null;
-  before = messages === null ? null : {messages, time};
-  rates = [...rates, [time, rate]].slice(-MOST_RATES);
-  byId("rate").textContent = rate === null ? "–" : number(Math.round(rate * 10) / 10);
-  drawRates();
+const xRange = (plot, low, high) => (low < high ? [low, high] : [(low ?? 0) - 1, (high ?? 0) + 1]);
+
+const yRange = (plot, low, high) => [Math.min(0, low * 1.1), Math.max(1, high * 1.1)];
+
+/** Make the chart of a rocket's speed; read() is called with the entry at the pointer, or null. */
+export function speedChart(holder, read) {
+  let entries = [];
+  const plot = makeChart(holder, {
+    padding: [18, 8, 0, 0],
+    cursor: {y: false, drag: {x: true, y: false}},
+    scales: {x: {range: xRange}, y: {range: yRange}},
+    axes: [{...axis, size: 40, space: 84, values: timeLabels}, {...axis, size: 66}],
+    series: [{}, {...line, paths: uPlot.paths.stepped({align: 1})}],
+    hooks: {
+      drawAxes: [(drawn) => inside(drawn, entries, drawGaps)],
+      draw: [drawMissions, drawExplosion].map((draw) => (drawn) => inside(drawn, entries, draw)),
+      setCursor: [({cursor}) => read(entries[cursor.idx] ?? null)],
+    },
+  });
+  return {
+    /** Show entries; the part that is zoomed to stays, unless they are of another rocket. */
+    show(shown, isOther) {
+      const {min, max} = plot.scales.x;
+      const [times] = plot.data;
+      const stays = !isOther && (min > times[0] || max < times.at(-1));
+      entries = shown;
+      plot.setData([timesOf(entries), entries.map(({speed}) => speed)], !stays);
+      if (stays) plot.setScale("x", {min, max});
+    },
+  };
+}
+
+/** Draw within the plot and above it; the function gets the box and the place of an entry. */
+function inside(plot, entries, draw) {
+  const {ctx, bbox} = plot;
+  const {left, top} = bbox;
+  const box = {left, top, right: left + bbox.width, bottom: top + bbox.height};
+  ctx.save();
+  ctx.font = `${pixels(11)}px system-ui, sans-serif`;
+  ctx.textAlign = "left";
+  ctx.lineWidth = pixels(1);
+  ctx.beginPath();
+  ctx.rect(left, 0, bbox.width, box.bottom);
+  ctx.clip();
+  ctx.beginPath();
+  draw(ctx, entries, box, (place) => plot.valToPos(plot.data[0][place], "x", true));
+  ctx.restore();
+}
+
+/** Hatch the times in which messages are missing. */
+function drawGaps(ctx, entries, box, x) {
+  ctx.strokeStyle = colour("--warn");
+  entries.forEach(({missing}, place) => {
+    if (!missing) return;
+    const right = Math.min(x(place), box.right);
+    const left = Math.max(Math.min(place ? x(place - 1) : box.left, right - pixels(3)), box.left);
+    for (let y = box.top; y < box.bottom && left < right; y += pixels(6)) {
+      ctx.moveTo(left, y + pixels(3));
+      ctx.lineTo(right, y);
+    }
+  });
+  ctx.stroke();
+}
+
+/** Mark where missions begin, as far as there is room, and name those that have room. */
+function drawMissions(ctx, entries, box, x) {
+  const named = entries.flatMap(({mission}, place) => (mission ? [{mission, at: x(place)}] : []));
+  ctx.strokeStyle = colour("--edge");
+  ctx.fillStyle = colour("--soft");
+  ctx.setLineDash([pixels(2), pixels(3)]);
+  let free = -Infinity;  // where the next mark may stand
+  named.forEach(({mission, at}, place) => {
+    const end = Math.min(named[place + 1]?.at ?? box.right, box.right);
+    const left = Math.max(at, box.left);  // a mission may have begun before what is shown
+    const name = nameOf(mission);
+    const hasRoom = left + ctx.measureText(name).width + pixels(8) < end;
+    if (hasRoom) ctx.fillText(name, left + pixels(4), box.top - pixels(6));
+    if (at < box.left || at > box.right || (at < free && !hasRoom)) return;
+    free = at + pixels(ROOM);
+    ctx.moveTo(at, 0);
+    ctx.lineTo(at, box.bottom);
+  });
+  ctx.stroke();
+}
+
+function drawExplosion(ctx, entries, box, x) {
+  const place = entries.findIndex(({type}) => type === "RocketExploded");
+  if (place < 0) return;
+  const at = x(place);
+  const isRight = at > (box.left + box.right) / 2;  // the word is where there is more room
+  ctx.strokeStyle = ctx.fillStyle = colour("--bad");
+  ctx.textAlign = isRight ? "right" : "left";
+  ctx.font = `bold ${ctx.font}`;
+  ctx.moveTo(at, 0);
+  ctx.lineTo(at, box.bottom);
+  ctx.stroke();
+  ctx.fillText("✖ Exploded", at + pixels(isRight ? -5 : 5), box.top + pixels(10));
 }

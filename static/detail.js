@@ -1,126 +1,165 @@
-// The rocket that is open: its state, its speed over time, and its history.
+// One rocket: its facts, its speed over time, and its history.
 
 import {go, view} from "./address.js";
-import {Failure, get, getPages} from "./api.js";
-import {showSpeeds, startCharts} from "./charts.js";
+import {get, getPages} from "./api.js";
+import {speedChart} from "./charts.js";
 import {byId, element, setText} from "./dom.js";
-import {STATUSES, exact, local, nameOf, number, titleOf} from "./format.js";
-import {silenceOf, speedOf} from "./list.js";
-import {missingRanges, tell, trace} from "./messages.js";
+import {exact, local, nameOf, number, plural, titleOf} from "./format.js";
+import {findRocket, showAge, showStatus, speedOf} from "./list.js";
+import {describe, missingRanges, tell, trace} from "./messages.js";
 import {PAGE, addPager, showPager} from "./pager.js";
 
-let channel = "";  // of the rocket that is shown
-let messages = new Map();  // by number, as far as they are known
-let from = 0;  // the place of the first line of the history that is shown
+let opened = null;  // {channel, rocket, messages (by number), entries, from (in the history)}
+let chart = null;
 
-const path = () => `rockets/${channel}`;
+/** Open the rocket that the view names, or close the one that is open. */
+export function openRocket() {
+  if ((opened?.channel ?? "") === view.rocket) return;
+  const closed = opened?.channel;
+  opened = null;
+  byId("detail").hidden = !view.rocket;
+  document.body.classList.toggle("split", view.rocket !== "");
+  const row = document.querySelector(`[data-channel="${CSS.escape(view.rocket || closed)}"]`);
+  row?.scrollIntoView({block: "nearest"});
+  if (!view.rocket) return (row?.querySelector("a") ?? byId("q")).focus({preventScroll: true});
+  opened = {channel: view.rocket, rocket: null, messages: new Map(), entries: [], from: 0};
+  setText(byId("detail-title"), "Rocket");
+  setText(byId("detail-channel"), view.rocket);
+  byId("detail").scrollTop = 0;
+  byId("detail-title").focus();
+  showFacts(findRocket(view.rocket));
+  showMessages(opened);
+}
 
-function keep(pages) {
-  for (const page of pages) {
-    for (const message of page.messages) messages.set(message.metadata.messageNumber, message);
+export const titleOfOpened = () => (opened?.rocket ? titleOf(opened.rocket) : "");
+
+/** Show what is new of the rocket that is open. Raise Failure. */
+export async function refreshDetail(signal) {
+  const mine = opened;
+  const path = `rockets/${mine.channel}`;
+  try {
+    showFacts(findRocket(mine.channel) ?? await get(path, signal));
+    await readMessages(mine, path, signal);
+  } catch (error) {
+    if (error.status !== 404) throw error;
+    mine.messages.clear();
+    showFacts(null);
   }
 }
 
-/** Read what is new: what is behind the last message, and what has come late in the gaps. */
-async function readNews(rocket, signal) {
-  const stored = rocket.lastMessageNumber - rocket.missingMessages;
-  const last = Math.max(0, ...[...messages.keys()].slice(-1));
-  keep(await getPages(`${path()}/messages?after=${last}`, signal));
-  if (messages.size >= stored) return;
-  for (const {after, before} of missingRanges(trace([...messages.values()]))) {
-    keep(await getPages(`${path()}/messages?after=${after}&before=${before}`, signal));
-    if (messages.size >= stored) break;
+/** Read the messages that are not held: behind the last, then in the ranges that miss some. */
+async function readMessages(mine, path, signal) {
+  const {rocket: {lastMessageNumber, missingMessages}, messages} = mine;
+  const count = lastMessageNumber - missingMessages;
+  if (messages.size === count) return;
+  if (messages.size > count) messages.clear();  // the service began anew
+  const last = trace(messages.values()).at(-1)?.number ?? 0;
+  const read = async (range) => {
+    const query = new URLSearchParams({...range, limit: 1000});
+    const pages = await getPages(`${path}/messages?${query}`, signal);
+    for (const message of pages.flatMap((page) => page.messages)) {
+      messages.set(message.metadata.messageNumber, message);
+    }
+    return pages.at(-1).total;
+  };
+  const total = await read({after: last});
+  for (const range of missingRanges(trace(messages.values()))) {
+    if (messages.size >= total) break;
+    await read(range);
   }
-  messages = new Map([...messages].sort(([a], [b]) => a - b));
+  showMessages(mine);
+}
+
+function showMessages(mine) {
+  const before = mine.entries.length;
+  mine.entries = trace(mine.messages.values());
+  if (mine !== opened) return;
+  if (mine.from) mine.from += mine.entries.length - before;  // the lines that are read stay
+  chart ??= speedChart(byId("chart"), showReading);
+  chart.show(mine.entries, before === 0);
+  byId("chart").ariaLabel = summary(mine.entries);
+  if (!byId("chart").matches(":hover")) showReading(null);
+  showHistory();
 }
 
 function showFacts(rocket) {
-  setText(byId("detail-title"), titleOf(rocket));
-  setText(byId("detail-channel"), rocket.channel);
+  opened.rocket = rocket;
+  byId("detail-body").hidden = !rocket;
+  byId("detail-problem").hidden = rocket !== null;
+  if (!rocket) return;
+  const missing = rocket.missingMessages;
+  setText(byId("detail-title"), nameOf(rocket.type));
   setText(byId("now-speed"), speedOf(rocket));
-  const {missingMessages: missing} = rocket;
-  setText(byId("now-doubt"), missing ? `in doubt: ${number(missing)} missing` : "");
-  byId("now-status").dataset.status = rocket.status;
-  const why = rocket.explosionReason === null ? silenceOf(rocket) : nameOf(rocket.explosionReason);
-  setText(byId("now-status"), STATUSES[rocket.status] + (why ? `: \u2068${why}\u2069` : ""));
-  const time = (value) => (value === null ? "–" : exact(value));
-  const facts = {
-    mission: nameOf(rocket.mission),
-    launchedAt: time(rocket.launchedAt),
-    updatedAt: time(rocket.updatedAt),
-    lastMessageNumber: number(rocket.lastMessageNumber),
-    missingMessages: number(missing),
-  };
-  for (const [name, text] of Object.entries(facts)) setText(byId(`fact-${name}`), text);
+  setText(byId("now-doubt"), missing ? `${number(missing)} missing` : "");
+  showStatus(byId("now-status"), rocket);
+  setText(byId("fact-mission"), nameOf(rocket.mission));
+  for (const key of ["launchedAt", "updatedAt"]) {
+    const time = rocket[key];
+    setText(byId(`fact-${key}`), time ? local(new Date(time)) : "unknown");
+    byId(`fact-${key}`).title = time ? `${exact(time)}; as sent: ${time}` : "";
+  }
+  setText(byId("fact-lastMessageNumber"), number(rocket.lastMessageNumber));
+  showAge(byId("now-age"), rocket);
 }
 
-function makeLine(entry) {
-  const {sign, text, name} = tell(entry);
-  const what = element("td", "what", element("span", "sign", sign), ` ${text} `);
-  if (name !== null) what.append(element("bdi", "", nameOf(name)));
-  if (entry.missing) what.append(element("small", "", ` ${number(entry.missing)} missing before`));
-  const speed = entry.speed === null ? "–" : number(entry.speed);
-  const place = element("td", "number", number(entry.number));
-  const after = element("td", "speed", speed);
-  const time = element("td", "time", local(new Date(entry.time)));
-  return element("tr", entry.missing ? "doubtful" : "", place, what, after, time);
+function showReading(entry) {
+  const isKnown = opened.entries.some(({speed}) => speed !== null);
+  const hint = !opened.entries.length ? "The history has not been read yet."
+    : !isKnown ? "The speed is unknown until the launch message arrives."
+    : "Point at the curve to read it; drag to look closer, click twice to see all.";
+  const told = entry && `${exact(entry.time)} · ${number(entry.number)}: ${describe(entry)}`;
+  setText(byId("readout"), entry ? `${told} → speed ${speedText(entry)}` : hint);
 }
 
-function showHistory(entries) {
-  const newest = entries.toReversed();
-  byId("history").replaceChildren(...newest.slice(from, from + PAGE).map(makeLine));
+const speedText = ({speed}) => (speed === null ? "unknown" : number(speed));
+
+function summary(entries) {
+  const speeds = entries.map(({speed}) => speed).filter((speed) => speed !== null);
+  const most = speeds.reduce((high, speed) => Math.max(high, speed), -Infinity);
+  const missing = entries.reduce((sum, entry) => sum + entry.missing, 0);
+  const [first, last, peak] = [speeds[0], speeds.at(-1), most].map((speed) => number(speed ?? 0));
+  const flight = `Speed from ${first} to ${last}, at most ${peak}`;
+  const gaps = missing ? `${plural(missing, "message")} not received` : "none missing";
+  return `${speeds.length ? flight : "Speed unknown"}; ${gaps}. The history has every value.`;
+}
+
+function showHistory() {
+  const {entries, from} = opened;
   showPager(byId("history-pages"), from, entries.length);
+  byId("history").replaceChildren();
+  for (const entry of entries.toReversed().slice(from, from + PAGE)) {
+    byId("history").append(messageLine(entry), ...(entry.missing ? [gapLine(entry)] : []));
+  }
 }
 
-function showProblem(text) {
-  byId("detail-problem").hidden = !text;
-  setText(byId("detail-problem"), text);
-  byId("detail-body").hidden = Boolean(text);
+function messageLine(entry) {
+  const [sign, text, name] = tell(entry);
+  const mark = element("span", "sign", sign);
+  mark.ariaHidden = "true";
+  const event = element("td", `event ${entry.type === "RocketExploded" ? "bad" : ""}`, mark, text);
+  if (name !== null) event.append(" ", element("bdi", "", nameOf(name)));
+  const [day, clock] = local(new Date(entry.time)).split(" ");
+  const time = element("td", "time", element("span", "day", `${day} `), clock);
+  time.title = `${exact(entry.time)}; as sent: ${entry.time}`;
+  const place = element("td", "number", number(entry.number));
+  return element("tr", "", place, event, element("td", "speed", speedText(entry)), time);
 }
 
-/** Read and show the rocket that the address names. Raise Failure if there is no answer. */
-export async function showDetail(signal) {
-  const isOther = view.rocket !== channel;
-  byId("detail").hidden = !view.rocket;
-  document.body.classList.toggle("open", Boolean(view.rocket));
-  if (isOther) {
-    channel = view.rocket;
-    messages = new Map();
-    from = 0;
-    if (channel) showProblem("Reading…");
-  }
-  if (!channel) return;
-  try {
-    const rocket = await get(path(), signal);
-    const stored = rocket.lastMessageNumber - rocket.missingMessages;
-    const hasNews = messages.size !== stored;
-    if (hasNews) await readNews(rocket, signal);
-    showProblem("");
-    showFacts(rocket);
-    if (!hasNews && !isOther) return;
-    const entries = trace([...messages.values()]);
-    showSpeeds(entries, isOther);
-    showHistory(entries);
-  } catch (error) {
-    if (!(error instanceof Failure) || error.status !== 404) throw error;
-    setText(byId("detail-title"), "Rocket");
-    setText(byId("detail-channel"), channel);
-    showProblem("No message has come from this rocket yet. It will appear here by itself.");
-  }
+function gapLine({number: after, missing}) {
+  const [first, last] = [number(after - missing), number(after - 1)];
+  const numbers = missing === 1 ? `number ${first}` : `numbers ${first} to ${last}`;
+  const cell = element("td", "", `${plural(missing, "message")} not received: ${numbers}`);
+  cell.colSpan = 4;
+  return element("tr", "gap", cell);
 }
 
 export function startDetail() {
-  startCharts();
-  addPager(byId("history-pages"), (place) => {
-    from = place;
-    showHistory(trace([...messages.values()]));
+  byId("close").addEventListener("click", () => go({rocket: ""}));
+  document.addEventListener("keydown", ({key, target}) => {
+    if (key === "Escape" && opened && !target.matches("input, select")) go({rocket: ""});
   });
-  byId("close").addEventListener("click", () => {
-    const row = document.querySelector(`[data-channel="${view.rocket}"] a`);
-    go({rocket: ""});
-    row?.focus();
-  });
-  addEventListener("keydown", ({key}) => {
-    if (key === "Escape" && view.rocket) byId("close").click();
+  addPager(byId("history-pages"), (from) => {
+    opened.from = from;
+    showHistory();
   });
 }

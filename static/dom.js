@@ -24,5 +24,4 @@ export function save(name, type, text) {
   link.href = URL.createObjectURL(new Blob([text], {type}));
   link.download = name;
   link.click();
-  setTimeout(() => URL.revokeObjectURL(link.href), 60000);
 }

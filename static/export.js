@@ -1,47 +1,38 @@
-// Saving all rockets that match, as JSON or for a spreadsheet.
+// The list as a file: all rockets that match, in the order of the list.
 
 import {listPath} from "./address.js";
 import {getPages} from "./api.js";
-import {byId, save} from "./dom.js";
+import {local} from "./format.js";
 
-const COLUMNS = [
-  "channel", "type", "speed", "mission", "status", "explosionReason", "launchedAt", "updatedAt",
-  "lastMessageNumber", "missingMessages",
-];
-const PAGE = 1000;  // rockets in one answer, at most
+// A spreadsheet takes a text for a formula if it begins with one of these signs. The columns may
+// also be separated by semicolons, tabs or line breaks there, as its settings have it; blanks and
+// quotation marks before the sign don't keep it from being one.
+const FORMULA = /(^|[,;|\t\r\n])(?=[\s"']*[=+\-@＝＋－＠])/g;
 
-/**
- * Return a cell of a CSV file (RFC 4180). A text that a spreadsheet could take for a formula, at
- * its start or after any separator within it, gets an apostrophe there.
- */
-export function csvCell(value) {
+function csvField(value) {
   if (value === null) return "";
   if (typeof value === "number") return String(value);
-  const harmless = value.replace(/(^|[;,\t\r\n|])(\s*)([=+\-@])/g, "$1$2'$3");
-  return `"${harmless.replaceAll('"', '""')}"`;
+  const text = value.replace(FORMULA, "$1'");
+  return /[",;|\s]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
 }
 
-export function toCsv(rockets) {
-  const lines = rockets.map((rocket) => COLUMNS.map((name) => csvCell(rocket[name])).join(","));
-  return `\ufeff${[COLUMNS.join(","), ...lines].join("\r\n")}\r\n`;
+/** Return rockets as CSV (RFC 4180), with a mark by which spreadsheets know that it is UTF-8. */
+export function csv(rockets) {
+  const fields = Object.keys(rockets[0] ?? {});
+  const lines = rockets.map((rocket) => fields.map((field) => csvField(rocket[field])).join(","));
+  return `\ufeff${[fields.join(","), ...lines].join("\r\n")}\r\n`;
 }
 
-async function saveAs(ending, type, write) {
-  const pages = await getPages(listPath(PAGE, 0), AbortSignal.timeout(60e3));
-  const rockets = pages.flatMap((page) => page.rockets);
-  const date = new Date().toLocaleDateString("sv");
-  save(`rockets-${date}.${ending}`, type, write(rockets));
-}
+const KINDS = {  // by ending: the type, and what writes it
+  csv: ["text/csv;charset=utf-8", csv],
+  json: ["application/json", (rockets) => `${JSON.stringify(rockets, null, 2)}\n`],
+};
 
-/** Make the two buttons save; report(text) says what went wrong. */
-export function startExport(report) {
-  const kinds = {
-    csv: ["text/csv", toCsv],
-    json: ["application/json", (rockets) => `${JSON.stringify(rockets, null, 2)}\n`],
-  };
-  for (const [ending, [type, write]] of Object.entries(kinds)) {
-    byId(`as-${ending}`).addEventListener("click", () => {
-      saveAs(ending, type, write).catch((error) => report(`Not saved: ${error.message}`));
-    });
-  }
+/** Return {name, type, text} of a file with all rockets that match. Raise Failure. */
+export async function makeFile(kind, signal) {
+  const pages = await getPages(listPath(1000, 0), signal);
+  const all = new Map(pages.flatMap(({rockets}) => rockets).map((each) => [each.channel, each]));
+  const now = local(new Date()).replaceAll(":", "").replace(" ", "T");
+  const [type, write] = KINDS[kind];
+  return {name: `rockets-${now}.${kind}`, type, text: write([...all.values()])};
 }

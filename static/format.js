@@ -13,7 +13,6 @@ export const number = (value) => value.toLocaleString("en").replace("-", "−");
 export const plural = (count, noun) => `${number(count)} ${noun}${count === 1 ? "" : "s"}`;
 
 const UNITS = [  // the least milliseconds for which a unit is used, its length, its name
-  [2 * 365 * 86400e3, 365 * 86400e3, "years"],
   [2 * 86400e3, 86400e3, "days"],
   [2 * 3600e3, 3600e3, "h"],
   [60e3, 60e3, "min"],
@@ -26,25 +25,14 @@ export function duration(milliseconds) {
   return `${number(Math.max(0, Math.floor(milliseconds / length)))} ${name}`;
 }
 
-let serviceIsAhead = 0;  // ms
-
-/** Take over the service's clock, as the watcher's may be wrong. */
-export function setClock(date) {
-  if (date) serviceIsAhead = Date.parse(date) - Date.now();
-}
-
-export const age = (time) => Date.now() + serviceIsAhead - Date.parse(time);
+export const age = (time) => Date.now() - Date.parse(time);
 
 /** Return a local date and time, as "2026-11-25 14:03:39". */
 export const local = (date) => date.toLocaleString("sv");
 
-/** Return a time of the API to the second, with the offset that the browser has. */
+/** Return a local date and time with its zone. */
 export function exact(time) {
-  const date = new Date(time);
-  const offset = -date.getTimezoneOffset();
-  const [hours, minutes] = [Math.floor(Math.abs(offset) / 60), Math.abs(offset) % 60];
-  const digits = [hours, minutes].map((part) => String(part).padStart(2, "0")).join(":");
-  return `${local(date)} UTC${offset < 0 ? "−" : "+"}${digits}`;
+  return new Date(time).toLocaleString("sv", {dateStyle: "short", timeStyle: "long"});
 }
 
 /** Return a name, or what to say in its place. */

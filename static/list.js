@@ -1,188 +1,201 @@
-// The totals, the filters and the list of rockets.
+// The list of rockets: rows that keep their place under the pointer, and their values current.
 
-import {FILTERS, SORTS, go, view} from "./address.js";
+import {FILTERS, addressOf, go, view} from "./address.js";
 import {byId, element, setText} from "./dom.js";
-import {STATUSES, age, duration, exact, nameOf, number, plural} from "./format.js";
-import {addPager, showPager} from "./pager.js";
+import {STATUSES, age, duration, exact, isolated, nameOf, number, plural} from "./format.js";
+import {PAGE, addPager, showPager} from "./pager.js";
 
-const SILENT = 5 * 60e3;  // ms after which an active rocket is called silent
-const HOLD = 1500;  // ms for which the order holds after the pointer or a key moved in the list
+const SILENT = 5 * 60000;  // ms without a message after which a rocket is marked
+const KEYS_HOLD = 5000;  // ms after a key was pressed in the list
+const LOWEST_FIRST = ["channel", "type", "mission", "status"];  // of the columns sorted by
+const COLUMNS = ["channel", "type", "mission", "speed", "status", "last", "missing", "updated"];
 
-let shown = [];  // the rockets of the list, in the order of its rows
-let heldUntil = 0;
+const rows = new Map();  // by channel: {row, link, cells, rocket}
+const names = {mission: [], type: []};  // that occur
+let latest = [];  // the rockets of the last answer
+let lastKey = -Infinity;  // ms, of performance.now()
+let isPointedAt = false;
 
-/** Tell whether the watcher is about to use a row, so that none may move. */
-const isHeld = () => performance.now() < heldUntil;
+export const findRocket = (channel) => rows.get(channel)?.rocket ?? null;
 
-function hold() {
-  heldUntil = performance.now() + HOLD;
+function makeRow(channel) {
+  const link = element("a", "", channel);
+  const cells = Object.fromEntries(COLUMNS.map((name) => [name, element("td", name)]));
+  cells.channel.append(link);
+  cells.channel.title = channel;
+  for (const name of ["type", "mission"]) cells[name].append(element("bdi"));
+  cells.status.append(element("span"), " ", element("bdi"));
+  link.tabIndex = -1;
+  link.href = addressOf({rocket: channel});
+  const row = element("tr", "", ...Object.values(cells));
+  row.dataset.channel = channel;
+  return {row, link, cells};
 }
 
-export function showTotals({rockets, messages, missingMessages, statuses}) {
-  setText(byId("total-rockets"), number(rockets));
-  setText(byId("total-messages"), number(messages));
-  setText(byId("total-missing"), number(missingMessages));
-  for (const status of Object.keys(STATUSES)) {
-    setText(byId(`total-${status}`), number(statuses[status]));
-  }
+/** Show a name in a cell that has a <bdi>, so that it cannot turn what is beside it. */
+function showName(cell, name) {
+  const shown = nameOf(name);
+  setText(cell.querySelector("bdi"), shown);
+  cell.title = shown;
+  cell.classList.toggle("unknown", shown !== name);
 }
 
-/** Fill a menu with names and how many rockets have each; what is chosen stays in it. */
-function fillMenu(key, counts) {
-  const menu = byId(key);
-  const names = counts.map((count) => count[key]);
-  if (view[key] && !names.includes(view[key])) counts = [...counts, {[key]: view[key]}];
-  const options = counts.map(({[key]: name, rockets}) => {
-    const label = key === "status" ? STATUSES[name] : nameOf(name);
-    const option = element("option", "", rockets === undefined ? label : `${label} (${rockets})`);
-    option.value = name;
-    return option;
-  });
-  const labels = options.map((option) => option.textContent).join("\n");
-  if (menu.dataset.labels !== labels && document.activeElement !== menu) {
-    menu.replaceChildren(menu.options[0], ...options);
-    menu.dataset.labels = labels;
-  }
-  menu.value = view[key];
-}
-
-export function showMenus({statuses, types, missions}) {
-  const counts = Object.entries(statuses).map(([status, rockets]) => ({status, rockets}));
-  fillMenu("status", counts);
-  fillMenu("type", types);
-  fillMenu("mission", missions);
-}
-
-/** Return what to say of a rocket's speed; while messages are missing, it is in doubt. */
 export function speedOf({speed, missingMessages}) {
-  if (speed === null) return "–";
-  return missingMessages > 0 ? `≈ ${number(speed)}` : number(speed);
+  if (speed === null) return "unknown";
+  return `${missingMessages ? "≈ " : ""}${number(speed)}`;
 }
 
-export function silenceOf({status, updatedAt}) {
-  const silence = age(updatedAt);
-  return status === "active" && silence >= SILENT ? `silent for ${duration(silence)}` : "";
+export function showStatus(holder, {status, explosionReason}) {
+  const name = STATUSES[status] ?? status;
+  holder.dataset.status = status;
+  setText(holder.querySelector("span"), explosionReason === null ? name : `${name}:`);
+  setText(holder.querySelector("bdi"), explosionReason === null ? "" : nameOf(explosionReason));
+  holder.title = explosionReason ?? "";
 }
 
-const CELLS = {  // by class of a cell: its text, and another one below it
-  type: (rocket) => [nameOf(rocket.type), ""],
-  mission: (rocket) => [nameOf(rocket.mission), ""],
-  speed: (rocket) => [speedOf(rocket), ""],
-  status: (rocket) => [STATUSES[rocket.status], rocket.explosionReason ?? silenceOf(rocket)],
-  last: (rocket) => [number(rocket.lastMessageNumber), ""],
-  missing: (rocket) => [number(rocket.missingMessages), ""],
-  updated: (rocket) => [`${duration(age(rocket.updatedAt))} ago`, ""],
-};
+/** Tell how long ago the last message was; a rocket in flight that is silent is marked. */
+export function showAge(holder, {updatedAt, status}) {
+  const passed = age(updatedAt);
+  const isSilent = status !== "exploded" && passed > SILENT;
+  setText(holder, isSilent ? `silent for ${duration(passed)}` : `${duration(passed)} ago`);
+  holder.classList.toggle("doubt", isSilent);
+}
 
-function makeRow() {
-  const row = element("tr");
-  row.append(element("td", "channel", element("a")));
-  for (const name of Object.keys(CELLS)) {
-    row.append(element("td", name, element("bdi"), element("small")));
+function showRocket(rocket) {
+  const shown = rows.get(rocket.channel);
+  const {row, cells} = shown;
+  shown.rocket = rocket;
+  showName(cells.type, rocket.type);
+  showName(cells.mission, rocket.mission);
+  setText(cells.speed, speedOf(rocket));
+  cells.speed.classList.toggle("unknown", rocket.speed === null);
+  cells.speed.title = rocket.missingMessages ? `${number(rocket.missingMessages)} missing` : "";
+  showStatus(cells.status, rocket);
+  setText(cells.last, number(rocket.lastMessageNumber));
+  setText(cells.missing, number(rocket.missingMessages));
+  for (const cell of [cells.speed, cells.missing]) {
+    cell.classList.toggle("doubt", rocket.missingMessages > 0);
   }
-  return row;
+  cells.updated.title = `${exact(rocket.updatedAt)}; as sent: ${rocket.updatedAt}`;
+  showAge(cells.updated, rocket);
 }
 
-function fillRow(row, rocket) {
-  const link = row.querySelector("a");
-  row.dataset.channel = rocket.channel;
-  row.dataset.status = rocket.status;
-  row.classList.toggle("doubtful", rocket.missingMessages > 0);
-  row.classList.toggle("silent", silenceOf(rocket) !== "");
-  row.ariaSelected = String(rocket.channel === view.rocket);
-  link.href = `#${new URLSearchParams({rocket: rocket.channel})}`;
-  link.title = rocket.channel;
-  setText(link, rocket.channel.slice(0, 8));
-  for (const [name, read] of Object.entries(CELLS)) {
-    const [text, below] = read(rocket);
-    const cell = row.querySelector(`.${name}`);
-    setText(cell.firstChild, text);
-    setText(cell.lastChild, below);
-  }
-  row.querySelector(".updated").title = exact(rocket.updatedAt);
+const isHeld = () => isPointedAt || performance.now() - lastKey < KEYS_HOLD;
+
+/** Show the last answer. While the order is held, what is new comes at the end. */
+function showRows(isOther = false) {
+  const wanted = latest.map(({channel}) => channel);
+  const held = isHeld() && !isOther ? [...rows.keys()] : [];
+  const channels = new Set([...held, ...wanted].slice(0, Math.max(held.length, PAGE)));
+  for (const [channel, {row}] of rows) if (!channels.has(channel)) row.remove();
+  const before = new Map(rows);
+  rows.clear();
+  for (const channel of channels) rows.set(channel, before.get(channel) ?? makeRow(channel));
+  const focused = document.activeElement;
+  [...rows.values()].forEach(({row}, place) => {
+    const there = byId("rows").children[place];
+    if (there !== row) byId("rows").insertBefore(row, there ?? null);
+  });
+  if (focused.isConnected) focused.focus({preventScroll: true});  // it may have been moved
+  for (const rocket of latest) if (rows.has(rocket.channel)) showRocket(rocket);
+  byId("table").classList.toggle("held", [...rows.keys()].join() !== wanted.join());
+  chooseTabStop();
 }
 
-/** Put the rockets into the order of the rows that are there, and new ones behind them. */
-function inHeldOrder(rockets) {
-  const news = new Map(rockets.map((rocket) => [rocket.channel, rocket]));
-  const kept = shown.map((rocket) => news.get(rocket.channel) ?? rocket);
-  const known = new Set(shown.map(({channel}) => channel));
-  return [...kept, ...rockets.filter(({channel}) => !known.has(channel))].slice(0, rockets.length);
+/** Let the Tab key stop at one row only. */
+function chooseTabStop(link = document.activeElement.closest?.("#rows a")) {
+  const chosen = link ?? rows.get(view.rocket)?.link ?? rows.values().next().value?.link;
+  for (const row of rows.values()) row.link.tabIndex = row.link === chosen ? 0 : -1;
 }
 
-/** Show rockets in the rows; their order holds while the watcher is about to use one. */
-export function showRockets({rockets, total}, isOtherView) {
-  shown = isHeld() && !isOtherView ? inHeldOrder(rockets) : rockets;
-  const body = byId("rows");
-  while (body.rows.length < shown.length) body.append(makeRow());
-  while (body.rows.length > shown.length) body.lastChild.remove();
-  shown.forEach((rocket, place) => fillRow(body.rows[place], rocket));
-  const isFiltered = FILTERS.some((key) => view[key]);
+/** Show an answer to the list's path; it is another list if the watcher chose anew. */
+export function showList({rockets, total}, fleet, isOther) {
+  latest = rockets;
+  showRows(isOther);
+  names.mission = fleet.missions.map(({mission}) => mission);
+  names.type = fleet.types.map(({type}) => type);
   byId("table").hidden = !rockets.length;
-  byId("empty").hidden = rockets.length > 0 || isFiltered;
-  byId("unmatched").hidden = rockets.length > 0 || !isFiltered;
-  byId("clear").hidden = !isFiltered;
-  const of = isFiltered ? " match" : "";
-  setText(byId("matches"), rockets.length ? `${plural(total, "rocket")}${of}` : "");
-  showPager(byId("pages"), Number(view.offset), total);
+  byId("empty").hidden = fleet.rockets > 0;
+  byId("unmatched").hidden = fleet.rockets === 0 || rockets.length > 0;
+  showPager(byId("pages"), view.offset, total);
+  const set = FILTERS.filter((key) => view[key]).map((key) => {
+    const value = key === "status" ? STATUSES[view.status] : isolated(view[key]);
+    return `${key === "q" ? "search" : key} ${value}`;
+  });
+  const all = plural(fleet.rockets, "rocket");
+  setText(byId("matches"), set.length ? `${number(total)} of ${all}: ${set.join(", ")}` : all);
 }
 
-/** Show what the address asks for in the filters and in the heads of the columns. */
-export function showView() {
-  if (document.activeElement !== byId("q")) byId("q").value = view.q;
-  byId("sort").value = `${view.sort} ${view.order}`;
+/** Show what follows from the view, and which rockets have exploded since the page was opened. */
+export function showChoices(isNews) {
+  for (const key of FILTERS) {
+    const control = byId(key);
+    if (key in names) showNames(key);
+    if (control.value !== view[key]) control.value = view[key];
+    control.classList.toggle("set", view[key] !== "");
+  }
+  byId("clear").hidden = !FILTERS.some((key) => view[key]);
   for (const button of document.querySelectorAll("[data-sort]")) {
-    const isSorted = button.dataset.sort === view.sort;
-    const word = view.order === "asc" ? "ascending" : "descending";
-    button.parentElement.ariaSort = isSorted ? word : "none";
+    button.parentNode.ariaSort = button.dataset.sort === view.sort ? `${view.order}ending` : null;
   }
-  for (const row of byId("rows").rows) {
-    row.ariaSelected = String(row.dataset.channel === view.rocket);
+  for (const [channel, {row, link}] of rows) {
+    link.href = addressOf({rocket: channel});
+    row.classList.toggle("open", channel === view.rocket);
+    row.classList.toggle("new", isNews(channel));
   }
+}
+
+/** Offer the names that occur; the list of options is touched only when these change. */
+function showNames(key) {
+  const wanted = [...new Set(["", ...names[key], view[key]])];
+  const offered = [...byId(key).options].map(({value}) => value);
+  if (wanted.join("\0") === offered.join("\0")) return;
+  const options = wanted.map((name) => new Option(name ? nameOf(name) : "Any", name));
+  byId(key).replaceChildren(...options);
+}
+
+function openRow(event) {
+  const channel = event.target.closest("tr")?.dataset.channel;
+  const isDragged = event.detail > 0 && !getSelection().isCollapsed;
+  if (!channel || isDragged || event.ctrlKey || event.metaKey || event.shiftKey) return;
+  event.preventDefault();
+  go({rocket: channel});
 }
 
 function moveFocus(event) {
-  const step = {ArrowDown: 1, ArrowUp: -1}[event.key];
-  const row = event.target.closest("tr");
-  if (!step || !row) return;
-  const next = byId("rows").rows[row.sectionRowIndex + step];
-  next?.querySelector("a").focus();
+  const links = [...rows.values()].map(({link}) => link);
+  const place = links.indexOf(document.activeElement);
+  const steps = {ArrowDown: place + 1, ArrowUp: place - 1, Home: 0, End: links.length - 1};
+  lastKey = performance.now();
+  if (!(event.key in steps) || event.altKey || event.ctrlKey || event.metaKey) return;
   event.preventDefault();
+  links[steps[event.key]]?.focus();
+}
+
+function sortBy(key) {
+  const [first, second] = LOWEST_FIRST.includes(key) ? ["asc", "desc"] : ["desc", "asc"];
+  go({sort: key, order: view.sort === key && view.order === first ? second : first});
 }
 
 export function startList() {
-  for (const key of FILTERS) {
-    byId(key).addEventListener("input", ({target}) => go({[key]: target.value}));
-  }
+  for (const status in STATUSES) byId("status").add(new Option(STATUSES[status], status));
   byId("filters").addEventListener("submit", (event) => event.preventDefault());
-  byId("clear").addEventListener("click", () => go({q: "", status: "", mission: "", type: ""}));
-  for (const [key, [name]] of Object.entries(SORTS)) {
-    for (const order of ["asc", "desc"]) {
-      const option = element("option", "", `${name} ${order === "asc" ? "↑" : "↓"}`);
-      option.value = `${key} ${order}`;
-      byId("sort").append(option);
-    }
-  }
-  byId("sort").addEventListener("input", ({target}) => {
-    const [sort, order] = target.value.split(" ");
-    go({sort, order});
+  byId("filters").addEventListener("input", ({target}) => go({[target.id]: target.value}));
+  byId("clear").addEventListener("click", () => {
+    go(Object.fromEntries(FILTERS.map((key) => [key, ""])));
+    byId("q").focus();
   });
-  for (const button of document.querySelectorAll("[data-sort]")) {
-    button.addEventListener("click", () => {
-      const {sort} = button.dataset;
-      const first = SORTS[sort][1];
-      const other = view.order === "asc" ? "desc" : "asc";
-      go({sort, order: sort === view.sort ? other : first});
-    });
-  }
-  const body = byId("rows");
-  for (const event of ["pointermove", "pointerdown", "keydown"]) body.addEventListener(event, hold);
-  body.addEventListener("keydown", moveFocus);
-  body.addEventListener("click", (event) => {
-    const row = event.target.closest("tr");
-    if (!row || event.ctrlKey || event.metaKey || String(getSelection())) return;
-    event.preventDefault();
-    go({rocket: row.dataset.channel});
+  byId("table").querySelector("thead").addEventListener("click", ({target}) => {
+    if (target.dataset.sort) sortBy(target.dataset.sort);
+  });
+  const list = byId("rows");
+  list.addEventListener("click", openRow);
+  list.addEventListener("keydown", moveFocus);
+  list.addEventListener("focusin", ({target}) => chooseTabStop(target));
+  list.addEventListener("pointerover", () => (isPointedAt = true));
+  list.addEventListener("pointerleave", () => {
+    isPointedAt = false;
+    showRows();
   });
   addPager(byId("pages"), (offset) => go({offset}));
 }

@@ -1,128 +1,120 @@
-// The page asks the service every two seconds, and shows what it answers.
+// The loop: ask the service each second, and show what it says, or that it says nothing.
 
-import {listPath, view, watchAddress, wrong} from "./address.js";
+import {listPath, view, watchAddress} from "./address.js";
 import {Failure, get} from "./api.js";
-import {addRate} from "./charts.js";
-import {showDetail, startDetail} from "./detail.js";
-import {announce, byId, element, setText} from "./dom.js";
-import {startExport} from "./export.js";
-import {duration, nameOf, titleOf} from "./format.js";
-import {showMenus, showRockets, showTotals, showView, startList} from "./list.js";
+import {openRocket, refreshDetail, startDetail, titleOfOpened} from "./detail.js";
+import {announce, byId, save, setText} from "./dom.js";
+import {countNews, isNews, settle, startExplosions, watchExplosions} from "./explosions.js";
+import {makeFile} from "./export.js";
+import {duration} from "./format.js";
+import {showChoices, showList, startList} from "./list.js";
+import {addSample, showTotals} from "./totals.js";
 
-const POLL_EVERY = 2000;  // ms
-const COMMAND = "python3 tools/launch.py";
+const POLL = 1000;  // ms from one poll to the next
+const TYPING = 200;  // ms without a key, after which a search begins
+const SILENCE = 3000;  // ms without an answer, after which the page says so
+const started = Date.now();
 
-let asking = new AbortController();
 let timer = 0;
-let answeredAt = 0;  // when the last answer came, in ms; 0 before the first
-let shownPath = "";  // of the list that is shown
-let knownExploded = null;  // channels; null until a list was read
-const told = new Map();  // explosions that were not dismissed, by channel
+let controller = new AbortController();  // of the poll under way
+let lastGood = 0;  // ms, when the last answer came; 0 before the first
+let failure = null;  // of the last poll
+let listed = "";  // the path of the list that is shown
+let wasStale = false;
 
-/** Tell of explosions among the rockets that were not known before. */
-function watchExplosions(rockets, statuses) {
-  const exploded = rockets.filter(({status}) => status === "exploded");
-  const isFirst = knownExploded === null;
-  knownExploded ??= new Set();
-  for (const rocket of exploded) {
-    const isNew = !isFirst && !knownExploded.has(rocket.channel);
-    knownExploded.add(rocket.channel);
-    if (isNew) told.set(rocket.channel, rocket);
-    if (isNew) announce(`${titleOf(rocket)} exploded: ${nameOf(rocket.explosionReason)}`);
-  }
-  told.delete(view.rocket);
-  showExplosions();
-  return statuses.exploded;
-}
-
-function showExplosions() {
-  byId("explosions").hidden = told.size === 0;
-  const links = [...told.values()].slice(0, 5).map((rocket) => {
-    const link = element("a", "", titleOf(rocket));
-    link.href = `#${new URLSearchParams({rocket: rocket.channel})}`;
-    return element("span", "", link, ` exploded: \u2068${nameOf(rocket.explosionReason)}\u2069 `);
-  });
-  const more = told.size > 5 ? [`and ${told.size - 5} more`] : [];
-  byId("explosions-list").replaceChildren(...links, ...more);
-  const name = view.rocket ? `${byId("detail-title").textContent} · Rockets` : "Rockets";
-  document.title = told.size ? `✖ ${told.size} exploded · ${name}` : name;
-}
-
-/** Show whether the service answers. Old values keep their place, but not their full colour. */
-function showPulse(error) {
-  const isOut = error !== null;
-  document.body.classList.toggle("out", isOut);
-  byId("outage").hidden = !isOut;
-  if (!isOut) {
-    answeredAt = Date.now();
-    setText(byId("pulse"), "Live");
-    return;
-  }
-  const what = error.status === 0
-    ? "The service does not answer"
-    : `The service answers with an error: ${error.message}`;
-  const since = answeredAt ? `; these values are ${duration(Date.now() - answeredAt)} old` : "";
-  setText(byId("outage"), `${what}${since}. Trying again.`);
-  setText(byId("pulse"), "Out of touch");
-}
-
-async function askExploded(signal) {
-  const query = new URLSearchParams({status: "exploded", sort: "updatedAt", order: "desc"});
-  return (await get(`rockets?${query}&limit=100`, signal)).rockets;
-}
-
-let explodedCount = -1;  // at the last poll
-
+/** Show what the service has, then again in a second. A newer poll ends the one under way. */
 async function poll() {
   clearTimeout(timer);
-  asking.abort();
-  asking = new AbortController();
-  const {signal} = asking;
+  controller.abort();
+  controller = new AbortController();
+  const {signal} = controller;
+  const began = performance.now();
   try {
-    const path = listPath();
-    const [fleet, list] = await Promise.all([get("fleet", signal), get(path, signal)]);
-    showTotals(fleet);
-    showMenus(fleet);
-    showRockets(list, path !== shownPath);
-    shownPath = path;
-    showView();
-    addRate(fleet.messages);
-    if (fleet.statuses.exploded !== explodedCount) {
-      explodedCount = watchExplosions(await askExploded(signal), fleet.statuses);
-    }
-    await showDetail(signal);
-    showPulse(null);
-    showExplosions();
+    await refresh(signal);
+    failure = null;
   } catch (error) {
     if (signal.aborted) return;
-    if (!(error instanceof Failure)) throw error;
-    addRate(null);
-    showPulse(error);
-  } finally {
-    if (!signal.aborted) timer = setTimeout(poll, POLL_EVERY);
+    if (!(error instanceof Failure)) reportError(error);  // of this page, in its console
+    else failure = error;
+  }
+  if (signal.aborted) return;
+  if (failure) addSample(null);
+  showConnection();
+  timer = setTimeout(poll, Math.max(0, POLL - (performance.now() - began)));
+}
+
+/** Ask for the fleet and the list, and for what is new of the rocket that is open. */
+async function refresh(signal) {
+  const path = listPath();
+  const [fleet, list] = await Promise.all([
+    get("fleet", signal),
+    document.hidden ? null : get(path, signal),
+  ]);
+  if (signal.aborted) return;
+  lastGood = Date.now();
+  showTotals(fleet);
+  await watchExplosions(fleet.statuses, signal);
+  if (!list || signal.aborted) return;
+  showList(list, fleet, path !== listed);
+  listed = path;
+  showChoices(isNews);
+  if (view.rocket) await refreshDetail(signal);
+}
+
+/** Follow the view, which the watcher has changed. */
+function follow() {
+  settle(view.rocket);
+  showChoices(isNews);
+  openRocket();
+  showConnection();
+  clearTimeout(timer);
+  timer = setTimeout(poll, document.activeElement === byId("q") ? TYPING : 0);
+}
+
+function showConnection() {
+  const passed = Date.now() - (lastGood || started);
+  const long = duration(passed);
+  const isRefused = failure?.status === 400;  // the notice tells
+  const isStale = (failure !== null && !isRefused) || (passed > SILENCE && !document.hidden);
+  const what = failure?.status ? `answers with an error: ${failure.message}` : "does not answer";
+  const picture = lastGood ? ` What you see is ${long} old.` : "";
+  byId("pulse").dataset.state = isStale ? "stale" : "live";
+  setText(byId("pulse"), isStale ? `Stale for ${long}` : lastGood ? "Live" : "Connecting");
+  byId("outage").hidden = !isStale;
+  setText(byId("outage"), `The service ${what}.${picture} This page asks again every second.`);
+  setText(byId("notice"), notice());
+  document.body.classList.toggle("stale", isStale);
+  if (isStale && !wasStale) announce(byId("outage").textContent);
+  if (!isStale && wasStale) announce("The service answers again.");
+  wasStale = isStale;
+  const news = countNews();
+  const parts = [news && `✖ ${news} exploded`, isStale && "No answer", titleOfOpened()];
+  setText(document.querySelector("title"), [...parts, "Rockets"].filter(Boolean).join(" – "));
+}
+
+function notice() {
+  if (failure?.status === 400) return `The service says: ${failure.message}.`;
+  const isOther = failure && listed && listPath() !== listed;
+  return isOther ? "Your choice has had no answer: the list is as before." : "";
+}
+
+async function saveAs(kind) {
+  try {
+    const {name, type, text} = await makeFile(kind, AbortSignal.timeout(60000));
+    save(name, type, text);
+  } catch (error) {
+    setText(byId("notice"), `Nothing was saved: ${error.message}`);
   }
 }
 
-function showNotice(text) {
-  setText(byId("notice"), text);
-}
-
-function onView() {
-  const faults = wrong.map(([key, value]) => `${key} cannot be “${value}”.`);
-  showNotice(faults.join(" "));
-  told.delete(view.rocket);
-  showView();
-  showExplosions();
-  poll();
-}
-
-byId("command").textContent = `${COMMAND} ${new URL("messages", location.href)}`;
-byId("explosions-dismiss").addEventListener("click", () => {
-  told.clear();
-  showExplosions();
-});
+byId("as-csv").addEventListener("click", () => saveAs("csv"));
+byId("as-json").addEventListener("click", () => saveAs("json"));
+byId("explosions-dismiss").addEventListener("click", follow);
+setText(byId("command"), `python tools/launch.py ${new URL("messages", location.href)}`);
+document.addEventListener("visibilitychange", poll);
+setInterval(showConnection, 1000);
 startList();
 startDetail();
-startExport(showNotice);
-watchAddress(onView);
-onView();
+startExplosions();
+watchAddress(follow);
+follow();

@@ -1,59 +1,33 @@
 // The messages of a rocket: what each type means, and what they add up to.
 
-import {nameOf, number} from "./format.js";
+import {isolated, number} from "./format.js";
 
-// A type says of a message: its sign; what it tells, and the name in it; how it changes the
-// speed; and the mission from then on.
-const nothing = () => null;
+// By type: its sign; what it tells, with the name in it or null; whether "by" adds to the speed
+// or takes from it; and the field that names a mission.
 export const MESSAGE_TYPES = {
   __proto__: null,
   RocketLaunched: {
-    sign: "●",
-    tell: ({launchSpeed}) => `Launched at ${number(launchSpeed)} for`,
-    name: ({mission}) => mission,
-    change: () => 0,
-    mission: ({mission}) => mission,
+    sign: "●", mission: "mission",
+    tell: ({launchSpeed, mission}) => [`Launched at ${number(launchSpeed)} for`, mission],
   },
-  RocketSpeedIncreased: {
-    sign: "▲",
-    tell: ({by}) => `Speed +${number(by)}`,
-    name: nothing,
-    change: ({by}) => by,
-    mission: nothing,
-  },
-  RocketSpeedDecreased: {
-    sign: "▼",
-    tell: ({by}) => `Speed −${number(by)}`,
-    name: nothing,
-    change: ({by}) => -by,
-    mission: nothing,
-  },
-  RocketExploded: {
-    sign: "✖",
-    tell: () => "Exploded:",
-    name: ({reason}) => reason,
-    change: () => 0,
-    mission: nothing,
-  },
+  RocketSpeedIncreased: {sign: "▲", by: 1, tell: ({by}) => [`Speed +${number(by)}`, null]},
+  RocketSpeedDecreased: {sign: "▼", by: -1, tell: ({by}) => [`Speed −${number(by)}`, null]},
+  RocketExploded: {sign: "✖", tell: ({reason}) => ["Exploded:", reason]},
   RocketMissionChanged: {
-    sign: "◆",
-    tell: () => "Mission is now",
-    name: ({newMission}) => newMission,
-    change: () => 0,
-    mission: ({newMission}) => newMission,
+    sign: "◆", mission: "newMission",
+    tell: ({newMission}) => ["Mission is now", newMission],
   },
 };
-const UNKNOWN = {sign: "", tell: nothing, name: nothing, change: () => 0, mission: nothing};
 
 /** Return what a message tells: a sign, a text, and the name in it or null. */
 export function tell({type, message}) {
-  const kind = MESSAGE_TYPES[type] ?? UNKNOWN;
-  return {sign: kind.sign, text: kind.tell(message) ?? type, name: kind.name(message)};
+  const {sign, tell: say} = MESSAGE_TYPES[type] ?? {sign: "", tell: () => [type, null]};
+  return [sign, ...say(message)];
 }
 
 export function describe(entry) {
-  const {text, name} = tell(entry);
-  return name === null ? text : `${text} \u2068${nameOf(name)}\u2069`;
+  const [, text, name] = tell(entry);
+  return name === null ? text : `${text} ${isolated(name)}`;
 }
 
 /**
@@ -63,42 +37,28 @@ export function describe(entry) {
  */
 export function trace(messages) {
   const sorted = [...messages].sort((a, b) => a.metadata.messageNumber - b.metadata.messageNumber);
-  const launched = sorted.find(({metadata}) => metadata.messageType === "RocketLaunched");
-  let sum = 0;
-  let isLaunched = false;
   let last = 0;
-  return sorted.map((item) => {
-    const {metadata: {messageNumber, messageTime, messageType}, message} = item;
-    const kind = MESSAGE_TYPES[messageType] ?? UNKNOWN;
-    isLaunched ||= item === launched;
-    sum += kind.change(message);
+  let changes = 0;
+  let launchSpeed = null;
+  return sorted.map(({metadata, message}) => {
+    const {messageNumber, messageTime: time, messageType: type} = metadata;
+    const kind = MESSAGE_TYPES[type] ?? {};
+    if (kind.by) changes += kind.by * message.by;
+    if (type === "RocketLaunched") launchSpeed ??= message.launchSpeed;
+    const speed = launchSpeed === null ? null : launchSpeed + changes;
     const missing = messageNumber - last - 1;
     last = messageNumber;
-    return {
-      number: messageNumber, time: messageTime, type: messageType, message, missing,
-      speed: isLaunched ? launched.message.launchSpeed + sum : null,
-      mission: kind.mission(message),
-    };
+    const mission = message[kind.mission] ?? null;
+    return {number: messageNumber, time, type, message, missing, speed, mission};
   });
 }
 
-const MOST_RANGES = 8;
+const SEPARATE = 8;  // ranges
 
-/**
- * Return the ranges in which numbers of a trace are missing, the newest first. Neighbours are
- * joined until there are few, so that what comes late is read without the rest.
- */
+/** Return the ranges in which numbers are missing, the newest first, and the oldest as one. */
 export function missingRanges(entries) {
-  let ranges = entries.filter(({missing}) => missing > 0)
+  const gaps = entries.filter(({missing}) => missing > 0).reverse()
     .map(({number: before, missing}) => ({after: before - missing - 1, before}));
-  for (let near = 16; ranges.length > MOST_RANGES; near *= 2) {
-    const joined = [];
-    for (const range of ranges) {
-      const last = joined.at(-1);
-      if (last && range.after - last.before < near) last.before = range.before;
-      else joined.push({...range});
-    }
-    ranges = joined;
-  }
-  return ranges.reverse();
+  const old = gaps.splice(SEPARATE);
+  return old.length ? [...gaps, {after: old.at(-1).after, before: old[0].before}] : gaps;
 }

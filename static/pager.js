@@ -17,10 +17,7 @@ export function addPager(nav, go) {
   const buttons = Object.entries(STEPS).map(([name, step]) => {
     const button = element("button", "", name);
     button.type = "button";
-    button.addEventListener("click", () => {
-      const {from, total} = nav.dataset;
-      go(step(Number(from), Number(total)));
-    });
+    button.addEventListener("click", () => go(step(+nav.dataset.from, +nav.dataset.total)));
     return button;
   });
   nav.append(...buttons.slice(0, 2), where, ...buttons.slice(2));

@@ -21,7 +21,7 @@ OPTIONS = """--headless --remote-debugging-pipe --disable-gpu --disable-quic --d
     --no-first-run --no-default-browser-check""".split()
 TIMEOUT = 60  # seconds for an answer or a condition; a busy machine may take some
 LOOK = 0.05  # seconds between two looks whether a condition is met
-KEYS = {"ArrowDown": 40, "Escape": 27}  # codes of those that the page knows
+KEYS = {" ": 32, "Enter": 13, "Escape": 27, "ArrowDown": 40}  # their codes
 
 
 def find_chromium() -> str | None:
@@ -119,30 +119,42 @@ class Browser:
                 raise TimeoutError(f"{expression} is {value!r:.500}; console: {self.messages}")
             time.sleep(LOOK)
 
-    def saved(self, name: str) -> Path:
+    def saved(self, pattern: str) -> Path:
         """Wait for a file that the page saves; return where. Raise TimeoutError."""
-        path, deadline = self.folder / name, time.monotonic() + TIMEOUT
-        while not path.exists() or not path.stat().st_size:  # an empty one keeps its name free
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"{name} was not saved; console: {self.messages}")
+        deadline = time.monotonic() + TIMEOUT
+        while time.monotonic() < deadline:
+            for path in self.folder.glob(pattern):
+                if path.stat().st_size:  # an empty one keeps its name free
+                    return path
             time.sleep(LOOK)
-        return path
+        raise TimeoutError(f"{pattern} was not saved; console: {self.messages}")
 
     def press(self, key: str) -> None:
-        names = {"key": key, "windowsVirtualKeyCode": KEYS[key]}
-        self.call("Input.dispatchKeyEvent", type="keyDown", text=key[:1], **names)
+        """Press a key and let it go."""
+        names = {"key": key, "code": key.strip() or "Space", "windowsVirtualKeyCode": KEYS[key]}
+        text = {" ": " ", "Enter": "\r"}.get(key, "")
+        self.call("Input.dispatchKeyEvent", type="keyDown", text=text, **names)
         self.call("Input.dispatchKeyEvent", type="keyUp", **names)
 
-    def click(self, selector: str) -> None:
-        self.evaluate(f"document.querySelector({json.dumps(selector)}).click()")
+    def type(self, text: str) -> None:
+        self.call("Input.insertText", text=text)
 
-    def pointer(self, kind: str, selector: str) -> None:
-        """Send mouseMoved, mousePressed or mouseReleased to the middle of an element."""
+    def mouse(self, event: str, x: float, y: float) -> None:
+        """Dispatch a real event: "mouseMoved", "mousePressed" or "mouseReleased"."""
+        button = "none" if event == "mouseMoved" else "left"
+        self.call("Input.dispatchMouseEvent", type=event, x=x, y=y, button=button, clickCount=1)
+
+    def place(self, selector: str) -> tuple[float, float]:
+        """Return the middle of an element, in pixels of the viewport."""
         box = f"document.querySelector({json.dumps(selector)}).getBoundingClientRect()"
-        middle = f"(({{x, y, width, height}}) => [x + width / 2, y + height / 2])({box})"
-        x, y = self.evaluate(middle)
-        button = {} if kind == "mouseMoved" else {"button": "left", "clickCount": 1}
-        self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, **button)
+        x, y = self.evaluate(f"(b => [b.x + b.width / 2, b.y + b.height / 2])({box})")
+        return x, y
+
+    def click(self, selector: str) -> None:
+        """Click an element as a mouse does."""
+        x, y = self.place(selector)
+        for event in ("mouseMoved", "mousePressed", "mouseReleased"):
+            self.mouse(event, x, y)
 
     def emulate(self, width: int, height: int, **features: str) -> None:
         """Set the viewport, in CSS pixels, and media features, as prefers_color_scheme='dark'."""
