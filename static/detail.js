@@ -75,9 +75,10 @@ function showMessages(mine) {
   mine.entries = trace(mine.messages.values());
   if (mine !== opened) return;
   if (mine.from) mine.from += mine.entries.length - before;  // the lines that are read stay
-  chart ??= speedChart(byId("chart"), showReading);
-  chart.show(mine.entries, before === 0);
+  byId("chart").hidden = !mine.entries.length;
   byId("chart").ariaLabel = summary(mine.entries);
+  if (mine.entries.length) chart ??= speedChart(byId("chart"), showReading);
+  chart?.show(mine.entries, before === 0);
   if (!byId("chart").matches(":hover")) showReading(null);
   showHistory();
 }
@@ -103,8 +104,9 @@ function showFacts(rocket) {
 }
 
 function showReading(entry) {
-  const isKnown = opened.entries.some(({speed}) => speed !== null);
-  const hint = !opened.entries.length ? "The history has not been read yet."
+  const entries = opened?.entries ?? [];
+  const isKnown = entries.some(({speed}) => speed !== null);
+  const hint = !entries.length ? "The history has not been read yet."
     : !isKnown ? "The speed is unknown until the launch message arrives."
     : "Point at the curve to read it; drag to look closer, click twice to see all.";
   const told = entry && `${exact(entry.time)} · ${number(entry.number)}: ${describe(entry)}`;

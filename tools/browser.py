@@ -4,7 +4,6 @@ It talks over pipes (--remote-debugging-pipe): JSON with a NUL after each messag
 The methods are described at https://chromedevtools.github.io/devtools-protocol/.
 """
 
-import base64
 import json
 import os
 import select
@@ -21,7 +20,11 @@ OPTIONS = """--headless --remote-debugging-pipe --disable-gpu --disable-quic --d
     --no-first-run --no-default-browser-check""".split()
 TIMEOUT = 60  # seconds for an answer or a condition; a busy machine may take some
 LOOK = 0.05  # seconds between two looks whether a condition is met
-KEYS = {" ": 32, "Enter": 13, "Escape": 27, "ArrowDown": 40}  # their codes
+EVENTS = {  # of the console: what tells of them
+    "Runtime.consoleAPICalled": "args",
+    "Runtime.exceptionThrown": "exceptionDetails",
+    "Log.entryAdded": "entry",  # violations of the page's policy, failed requests
+}
 
 
 def find_chromium() -> str | None:
@@ -87,12 +90,8 @@ class Browser:
         return json.loads(first)
 
     def note(self, event: str, params: dict) -> None:
-        if event == "Runtime.consoleAPICalled":
-            self.messages.append(json.dumps(params["args"]))
-        elif event == "Runtime.exceptionThrown":
-            self.messages.append(json.dumps(params["exceptionDetails"]))
-        elif event == "Log.entryAdded":  # violations of the page's policy, failed requests
-            self.messages.append(params["entry"]["text"])
+        if event in EVENTS:
+            self.messages.append(json.dumps(params[EVENTS[event]]))
 
     def open(self, url: str) -> None:
         self.call("Page.navigate", url=url)
@@ -129,16 +128,6 @@ class Browser:
             time.sleep(LOOK)
         raise TimeoutError(f"{pattern} was not saved; console: {self.messages}")
 
-    def press(self, key: str) -> None:
-        """Press a key and let it go."""
-        names = {"key": key, "code": key.strip() or "Space", "windowsVirtualKeyCode": KEYS[key]}
-        text = {" ": " ", "Enter": "\r"}.get(key, "")
-        self.call("Input.dispatchKeyEvent", type="keyDown", text=text, **names)
-        self.call("Input.dispatchKeyEvent", type="keyUp", **names)
-
-    def type(self, text: str) -> None:
-        self.call("Input.insertText", text=text)
-
     def mouse(self, event: str, x: float, y: float) -> None:
         """Dispatch a real event: "mouseMoved", "mousePressed" or "mouseReleased"."""
         button = "none" if event == "mouseMoved" else "left"
@@ -147,8 +136,7 @@ class Browser:
     def place(self, selector: str) -> tuple[float, float]:
         """Return the middle of an element, in pixels of the viewport."""
         box = f"document.querySelector({json.dumps(selector)}).getBoundingClientRect()"
-        x, y = self.evaluate(f"(b => [b.x + b.width / 2, b.y + b.height / 2])({box})")
-        return x, y
+        return tuple(self.evaluate(f"(b => [b.x + b.width / 2, b.y + b.height / 2])({box})"))
 
     def click(self, selector: str) -> None:
         """Click an element as a mouse does."""
@@ -156,12 +144,7 @@ class Browser:
         for event in ("mouseMoved", "mousePressed", "mouseReleased"):
             self.mouse(event, x, y)
 
-    def emulate(self, width: int, height: int, **features: str) -> None:
-        """Set the viewport, in CSS pixels, and media features, as prefers_color_scheme='dark'."""
+    def resize(self, width: int, height: int) -> None:
+        """Set the viewport, in CSS pixels."""
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
         self.call("Emulation.setDeviceMetricsOverride", **size)
-        named = [{"name": name.replace("_", "-"), "value": features[name]} for name in features]
-        self.call("Emulation.setEmulatedMedia", features=named)
-
-    def screenshot(self, path: Path) -> None:
-        path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot")["data"]))
