@@ -110,7 +110,8 @@ async function saveAs(kind) {
 byId("as-csv").addEventListener("click", () => saveAs("csv"));
 byId("as-json").addEventListener("click", () => saveAs("json"));
 byId("explosions-dismiss").addEventListener("click", follow);
-setText(byId("command"), `python tools/launch.py ${new URL("messages", location.href)}`);
+setText(byId("command"), `python3 tools/launch.py launch "${new URL("messages", location.href)}"`
+  + " --message-delay=500ms --concurrency-level=1");
 document.addEventListener("visibilitychange", poll);
 setInterval(showConnection, 1000);
 startList();
