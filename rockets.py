@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import errno
-import gc
 import json
 import logging
 import os
@@ -24,9 +23,8 @@ import sqlite3
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
-from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, urlencode
@@ -37,7 +35,7 @@ try:
     from bottle import HTTP_CODES, Bottle, HTTPError, HTTPResponse, request, response, static_file
     from waitress import create_server, wasyncore
     from waitress.channel import HTTPChannel
-    from waitress.parser import HTTPRequestParser, ParsingError
+    from waitress.parser import HTTPRequestParser, ParsingError, TransferEncodingNotImplemented
     from waitress.task import Task, WSGITask
     from waitress.utilities import BadRequest
 except ImportError as error:
@@ -132,8 +130,6 @@ RETURNING channel"""
 INSERT_MESSAGE = """
 INSERT INTO messages (channel, messageNumber, messageTime, messageType, message)
 VALUES (:channel, :messageNumber, :messageTime, :messageType, :message)"""
-SELECT_STORED = """
-SELECT channel, messageNumber, messageTime, messageType, message FROM messages"""
 IS_SAME = """
 SELECT messageType = :messageType AND message = :message FROM messages
 WHERE channel = :channel AND messageNumber = :messageNumber"""
@@ -159,9 +155,9 @@ SELECT messageNumber, CAST('{"metadata":' || json_object(
 ) || ',"message":' || message || '}' AS BLOB)
 FROM messages
 WHERE channel = :channel AND messageNumber > :after AND messageNumber < :before
-ORDER BY messageNumber %(order)s LIMIT :limit"""
-SUMS = """
-SELECT (SELECT count(*) FROM messages), (SELECT coalesce(sum(messageCount), 0) FROM rockets)"""
+ORDER BY messageNumber %(order)s LIMIT :limit + 1"""  # one more tells whether there are more
+SUMS_AGREE = """
+SELECT (SELECT count(*) FROM messages) = (SELECT coalesce(sum(messageCount), 0) FROM rockets)"""
 # total() instead of sum(), which fails beyond 2**63.
 COUNT_ALL = """
 SELECT count(*), coalesce(sum(messageCount), 0), CAST(total(missingMessages) AS INTEGER)
@@ -174,23 +170,18 @@ ORDER BY count(*) DESC, %(field)s LIMIT 100"""
 
 # Messages #########################################################################################
 
-# A rule returns what is kept of a value, or raises ValueError with what the value must be.
-Rule = Callable[[Any], Any]
-
 MAX_NAME = 256  # characters
 MAX_SPEED = 2**31 - 1
-MAX_SEARCH = 64  # characters, for which all rockets are searched
-MAX_PAGE = 1000  # rockets or messages in one answer
 RFC_3339 = re.compile(
     r"[0-9]{4}-[0-9]{2}-[0-9]{2}[Tt]([01][0-9]|2[0-3]):[0-9]{2}:[0-9]{2}(\.[0-9]+)?"
     r"([Zz]|[+-](0[0-9]|1[0-3]):[0-5][0-9]|[+-]14:00)"
 )
-OFFSET = "an offset of at most 14 hours, such as 2022-02-02T19:39:05+01:00"
+TIME_WORDS = "an RFC 3339 time with an offset up to 14:00, such as 2022-02-02T19:39:05+01:00"
+
+# A rule returns what is kept of a value, or raises ValueError with what the value must be.
 
 
-def whole(lowest: int, highest: int) -> Rule:
-    """Return a rule for whole numbers."""
-
+def whole(lowest: int, highest: int) -> Callable:
     def rule(value: Any) -> int:
         is_whole = type(value) is int or (type(value) is float and value.is_integer())  # no bool
         if not is_whole or not lowest <= value <= highest:
@@ -200,11 +191,10 @@ def whole(lowest: int, highest: int) -> Rule:
     return rule
 
 
-def text(words: str, pattern: str, keep: Callable[[str], Any] = str) -> Rule:
-    """Return a rule for texts that match a pattern, of which keep() makes what is kept."""
+def text(words: str, pattern: str, keep: Callable[[str], str] = str) -> Callable:
     fullmatch = re.compile(pattern).fullmatch
 
-    def rule(value: Any) -> Any:
+    def rule(value: Any) -> str:
         if type(value) is not str or not fullmatch(value):
             raise ValueError(words)
         return keep(value)
@@ -212,19 +202,13 @@ def text(words: str, pattern: str, keep: Callable[[str], Any] = str) -> Rule:
     return rule
 
 
-def one_of(choices: Iterable[str]) -> Rule:
+def one_of(choices: Iterable[str]) -> Callable:
     return text(f"one of {', '.join(choices)}", "|".join(choices))
 
 
-def digits(lowest: int, highest: int) -> Rule:
-    """Return a rule for whole numbers in a query, which are texts."""
+def digits(lowest: int, highest: int) -> Callable:
     in_range = whole(lowest, highest)
-
-    def rule(value: str) -> int:
-        is_number = re.fullmatch("[0-9]{1,16}", value)
-        return in_range(int(value) if is_number else value)
-
-    return rule
+    return lambda text: in_range(int(text) if re.fullmatch("[0-9]{1,16}", text) else text)
 
 
 def a_time(value: Any) -> str:
@@ -234,7 +218,7 @@ def a_time(value: Any) -> str:
             return value.upper()
     except ValueError:
         pass
-    raise ValueError(f"an RFC 3339 time with {OFFSET}")
+    raise ValueError(TIME_WORDS)
 
 
 def an_object(value: Any) -> dict:
@@ -246,8 +230,6 @@ def an_object(value: Any) -> dict:
 NAME_WORDS = f"a text of 1 to {MAX_NAME} characters, no NUL, no lone surrogate"
 NAME = text(NAME_WORDS, rf"[^\0\ud800-\udfff]{{1,{MAX_NAME}}}")
 UUID = text("a UUID", "[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}", str.lower)
-SEARCH_WORDS = f"a text of at most {MAX_SEARCH} characters"
-SEARCH = text(SEARCH_WORDS, rf"(?s).{{0,{MAX_SEARCH}}}", str.casefold)
 SPEED = whole(0, MAX_SPEED)
 MESSAGE_TYPES = {
     "RocketLaunched": {"type": NAME, "launchSpeed": SPEED, "mission": NAME},
@@ -265,6 +247,10 @@ METADATA = CHANNEL | {
     "messageTime": a_time,
     "messageType": one_of(MESSAGE_TYPES),
 }
+
+MAX_PAGE = 1000  # rockets or messages in one answer
+MAX_SEARCH = 64  # characters, for which all rockets are searched
+SEARCH_WORDS = f"a text of at most {MAX_SEARCH} characters"
 PAGE_RULES = {"order": one_of(("asc", "desc")), "limit": digits(1, MAX_PAGE)}
 PAGE_DEFAULTS = {"order": "asc", "limit": MAX_PAGE}
 LIST_RULES = PAGE_RULES | {
@@ -273,14 +259,14 @@ LIST_RULES = PAGE_RULES | {
     "status": one_of(STATUSES),
     "type": str,
     "mission": str,
-    "q": SEARCH,
+    "q": text(SEARCH_WORDS, rf"(?s).{{0,{MAX_SEARCH}}}", str.casefold),
 }
 LIST_DEFAULTS = dict.fromkeys(LIST_RULES) | PAGE_DEFAULTS | {"sort": "channel", "offset": 0}
 HISTORY_RULES = PAGE_RULES | {"after": digits(0, MAX_NUMBER), "before": digits(1, MAX_NUMBER + 1)}
 HISTORY_DEFAULTS = PAGE_DEFAULTS | {"after": 0, "before": MAX_NUMBER + 1}
 
 
-def read_fields(holder: dict, rules: dict[str, Rule], where: str = "") -> dict:
+def read_fields(holder: dict, rules: dict[str, Callable], where: str = "") -> dict:
     """Return what the rules keep of the fields they name. Raise HTTPError(400) for a bad one."""
     kept = {}
     for field, rule in rules.items():
@@ -304,10 +290,8 @@ def parse_message(body: bytes) -> dict:
     Raise HTTPError(400) that names the field and the rule it breaks.
     """
     try:
-        envelope = decode(body.decode())
-        if type(envelope) is not dict:
-            raise HTTPError(400, "the body must be an object with metadata and message")
-        parts = read_fields(envelope, ENVELOPE)
+        sent = read_fields({"body": decode(body.decode())}, {"body": an_object}, "the ")
+        parts = read_fields(sent["body"], ENVELOPE)
         metadata = read_fields(parts["metadata"], METADATA, "metadata.")
         rules = MESSAGE_TYPES[metadata["messageType"]]
         fields = read_fields(parts["message"], rules, "message.")
@@ -323,7 +307,6 @@ def parse_message(body: bytes) -> dict:
 
 OURS = 0x524B_0000  # "RK" in the upper half of user_version marks a file as ours
 SCHEMA_VERSION = OURS + 5  # of the rockets table; rockets of another version are made anew
-RENAMED_COLUMNS = {"number": "messageNumber", "time": "messageTime", "type": "messageType"}
 PRAGMAS = (
     "temp_store = MEMORY",  # sorting needs no room on the disk
     "trusted_schema = ON",  # json_object() may stand in a table, however SQLite was built
@@ -333,10 +316,9 @@ PRAGMAS = (
     "checkpoint_fullfsync = ON",
     "journal_size_limit = 16777216",  # bytes that the WAL keeps after it was longer
 )
-RESTORE = "if a backup was copied over it, delete its -wal and copy the backup again"
 LOCK_WAIT = "PRAGMA busy_timeout = 50"  # ms to wait for another program, such as a backup
 NO_WAIT = "PRAGMA busy_timeout = 0"
-LOOK_EVERY = 1  # seconds between two looks whether the files are in place
+RESTORE = "if a backup was copied over it, delete its -wal and copy the backup again"
 
 
 class Unavailable(HTTPError):
@@ -354,22 +336,21 @@ def contains(part: str, *texts: str | None) -> bool:
 
 def inspect(path: str) -> None:
     """Raise OSError unless a file is new or ours, before SQLite changes it."""
-    if os.path.exists(f"{path}-wal") and not (os.path.exists(path) and os.path.getsize(path)):
+    header = b""
+    with suppress(FileNotFoundError), open(path, "r+b") as file:  # raises OSError if read-only
+        header = file.read(64).rstrip(b"\0")  # a power cut may leave zeros in a new file
+    if not header and os.path.exists(f"{path}-wal"):
         raise OSError(f"it is gone, but {path}-wal is there; delete that to start anew")
-    with open(path, "a+b") as file:  # raises OSError if it cannot be written
-        file.seek(0)
-        header = file.read(64)  # ends with the user_version (sqlite.org/fileformat2.html)
-    is_new = not header.strip(b"\0")  # a power cut may leave zeros in a new file
-    if not is_new and header[60:62] != b"RK":
+    if header and header[60:62] != b"RK":  # of user_version, see sqlite.org/fileformat2.html
         raise OSError("another program wrote it")
 
 
-def is_named(path: str, opened: os.stat_result) -> bool:
-    """Tell whether an open file still has its name."""
+def inode(path: str) -> int:
+    """Return the number of a file, which stays while the file is open. 0: there is no file."""
     try:
-        return os.path.samestat(os.stat(path), opened)
+        return os.stat(path).st_ino
     except OSError:
-        return False
+        return 0
 
 
 def connect(path: str) -> sqlite3.Connection:
@@ -395,18 +376,19 @@ class Store:
         """Open or create the file. Raise OSError if it cannot be used."""
         path = os.path.realpath(path)  # SQLite makes its other files beside the target of a link
         self.is_in_transaction = False
-        self.callbacks: list[Callable[[], None]] = []
+        self.callbacks: list[tuple] = []
         self.commits = 0
         try:
             inspect(path)
             self.connection = connect(path)
+            self.close = self.connection.close  # SQLite then moves its WAL into the file
             self.prepare()
         except (Unavailable, sqlite3.Error, OSError) as error:
             raise OSError(f"cannot use {path} as the database: {error}") from error
         self.execute(LOCK_WAIT)
         self.opened_at = time.time()
-        self.files = {name: os.stat(name) for name in (path, f"{path}-wal", f"{path}-shm")}
-        self.looked_at, self.are_files_there = time.monotonic(), True
+        self.files = {name: inode(name) for name in (path, f"{path}-wal", f"{path}-shm")}
+        self.looked_at = time.monotonic()
 
     def prepare(self) -> None:
         """Make the tables if they are not there. Raise OSError if this version cannot use them."""
@@ -417,17 +399,18 @@ class Store:
             with self.transaction():
                 self.rebuild(version)
         try:
-            ((stored, counted),) = self.execute(SUMS)
+            ((agree,),) = self.execute(SUMS_AGREE)
         except sqlite3.DatabaseError as error:  # it is damaged
             raise OSError(f"{error}; {RESTORE}") from error
-        if stored != counted:
-            raise OSError(f"it holds {stored} messages, but its rockets have {counted}; {RESTORE}")
+        if not agree:
+            raise OSError(f"its rockets do not count all of its messages; {RESTORE}")
 
     def rebuild(self, version: int) -> None:
         """Make the rockets anew from the messages, whose table is of the given version."""
         self.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")  # first, as it takes the lock
         if OURS < version < OURS + 5:  # then these columns had other names
-            for old, new in RENAMED_COLUMNS.items():
+            for old in ("number", "time", "type"):
+                new = f"message{old.title()}"
                 self.execute(f"ALTER TABLE messages RENAME COLUMN {old} TO {new}")
         self.execute(CREATE_MESSAGES)
         self.execute("DROP TABLE IF EXISTS rockets")
@@ -440,7 +423,7 @@ class Store:
 
     def stored(self) -> Iterator[dict]:
         """Yield the parameters of UPSERT for each message. Today's limits do not matter."""
-        for *metadata, message in self.connection.execute(SELECT_STORED):
+        for *metadata, message in self.connection.execute("SELECT * FROM messages"):
             content, row = json.loads(message), dict(zip(METADATA, metadata))
             fields = {field: content[field] for field in MESSAGE_TYPES[row["messageType"]]}
             yield NO_FIELDS | fields | row
@@ -473,25 +456,24 @@ class Store:
         self.is_in_transaction, self.callbacks = True, []
         changes = self.connection.total_changes
         try:
-            self.execute("BEGIN")
-            yield
-            self.execute("COMMIT")
+            with self.connection:  # rolls back if this fails
+                self.execute("BEGIN")
+                yield
+                self.execute("COMMIT")
         finally:
             self.is_in_transaction = False
-            if self.connection.in_transaction:
-                self.connection.rollback()
         if self.connection.total_changes > changes:
             self.commits += 1
             self.execute(LOCK_WAIT)
-        for callback in self.callbacks:
-            callback()
+        for callback, *arguments in self.callbacks:
+            callback(*arguments)
 
-    def on_commit(self, callback: Callable[[], None]) -> None:
+    def on_commit(self, callback: Callable, *arguments: Any) -> None:
         """Call back after the commit. So nothing that is rolled back is counted or logged."""
         if self.is_in_transaction:
-            self.callbacks.append(callback)
+            self.callbacks.append((callback, *arguments))
         else:
-            callback()
+            callback(*arguments)
 
     def apply(self, message: dict) -> str:
         """Count and keep a message. Return 'applied', 'duplicate' or 'conflicting'."""
@@ -506,11 +488,11 @@ class Store:
     def check_files(self) -> None:
         """Raise Unavailable unless the open files still have their names. Look once a second."""
         now = time.monotonic()
-        if now >= self.looked_at + LOOK_EVERY:  # a look at the WAL makes the next commit slower
-            self.looked_at = now
-            self.are_files_there = all(map(is_named, self.files, self.files.values()))
-        if not self.are_files_there:
+        if now < self.looked_at + 1:  # a look at the WAL makes the next commit slower
+            return
+        if any(inode(name) != opened for name, opened in self.files.items()):
             raise Unavailable("a file of the database was deleted, moved or replaced")
+        self.looked_at = now
 
     def probe(self) -> None:
         """Commit without a change, to find out whether messages can be stored."""
@@ -523,27 +505,21 @@ class Store:
         ((commits_of_others,),) = self.execute("PRAGMA data_version")
         return f'"{self.opened_at}-{commits_of_others}-{self.connection.total_changes}"'
 
-    def close(self) -> None:
-        """Close the file. SQLite then moves the content of its WAL into it."""
-        self.connection.close()
-
 
 # HTTP #############################################################################################
 
 STATIC = Path(__file__).resolve().parent / "static"
-PAGES = {"/": "index.html", "/docs": "docs.html", "/openapi.json": "openapi.json"}
-MAX_BODY = 16 * 1024  # bytes; a real message has about 300, a larger body gets a 413
-OUTCOMES = ("applied", "duplicate", "conflicting", "rejected", "failed")  # of a message
 JSON = "application/json"
-PROBLEM = "application/problem+json"
-METRICS = "text/plain; version=0.0.4; charset=utf-8"
 # Python's own table depends on the system, which may call a script plain text.
 CONTENT_TYPES = {".css": "text/css", ".html": "text/html", ".js": "text/javascript", ".json": JSON}
+PROBLEM = "application/problem+json"
+METRICS = "text/plain; version=0.0.4; charset=utf-8"
 HEADERS = {
     "Cache-Control": "no-cache",  # ask again each time, with If-None-Match
     "X-Content-Type-Options": "nosniff",  # keeps browsers from taking JSON for a page
 }
-REPORT = "a message of %s is %s: %.300s"
+MAX_BODY = 16 * 1024  # bytes; a real message has about 300, a larger body gets a 413
+OUTCOMES = ("applied", "duplicate", "conflicting", "rejected", "failed")  # of a message
 CONFLICT = "message {messageNumber} of {channel} is known; ignored: {messageType} {message!a:.100}"
 UNKNOWN = "no message has come on this channel"
 
@@ -564,11 +540,6 @@ def with_array(members: dict, name: str, items: list[bytes]) -> bytes:
     return b'%b, "%b": [%b]}\n' % (head.encode(), name.encode(), b",".join(items))
 
 
-def samples(name: str, label: str, values: dict[str, int]) -> str:
-    """Return the lines of a metric that has a value for each value of a label."""
-    return "\n".join(f'{name}{{{label}="{key}"}} {value}' for key, value in values.items())
-
-
 def render(status: int, detail: str) -> str:
     """Return the body of an error as RFC 9457 asks."""
     return dump({"title": HTTP_CODES[status], "status": status, "detail": detail})
@@ -583,7 +554,7 @@ def problem(error: HTTPError) -> str:
     return render(error.status_code, detail)
 
 
-def read_query(rules: dict[str, Rule]) -> dict:
+def read_query(rules: dict[str, Callable]) -> dict:
     """Return the parameters of the query. Raise HTTPError(400) for a bad or unknown one."""
     pairs = parse_qsl(request.query_string, keep_blank_values=True)
     given = dict(pairs)
@@ -624,43 +595,41 @@ class Api:
         self.started_at = time.time()
         self.outcomes = dict.fromkeys(OUTCOMES, 0)
         self.seconds = 0.0  # that POSTs took, with their commits
-        headers = HEADERS | {"Content-Type": JSON}
-        self.receipts = {
-            status: HTTPResponse(dump({"status": status}), 202, headers)
-            for status in ("applied", "duplicate")
-        }
         self.is_failing = False  # whether the last message that had to be stored was not
+        headers = HEADERS | {"Content-Type": JSON}
+        self.applied = HTTPResponse(dump({"status": "applied"}), 202, headers)
+        self.duplicate = HTTPResponse(dump({"status": "duplicate"}), 202, headers)
         self.metrics = (STATIC / "metrics.txt").read_text()
 
     def check_tag(self) -> None:
         """Set the ETag. Raise a 304 for a client that has it already (RFC 9110, 13.1.2)."""
-        tag = self.store.tag()
-        headers = headers_of(JSON) | {"ETag": tag}
-        if tag in request.get_header("If-None-Match", ""):
+        headers = headers_of(JSON) | {"ETag": self.store.tag()}
+        if headers["ETag"] in request.get_header("If-None-Match", ""):
             raise HTTPResponse(status=304, headers=headers)
         response.headers.update(headers)
 
     def post_message(self) -> HTTPResponse:
-        began, client = time.perf_counter(), request.environ["REMOTE_ADDR"]
+        began, client, why = time.perf_counter(), request.environ["REMOTE_ADDR"], ""
         try:
             message = read_message()
             outcome = self.store.apply(message)
         except HTTPError as error:
             outcome = "failed" if isinstance(error, Unavailable) else "rejected"
-            self.store.on_commit(partial(self.count, outcome, began))
-            self.store.on_commit(partial(log.warning, REPORT, client, outcome, error.body))
+            self.store.on_commit(self.report, began, client, outcome, error.body)
             raise
-        self.store.on_commit(partial(self.count, outcome, began))
         if outcome == "conflicting":
             why = CONFLICT.format_map(message)
-            self.store.on_commit(partial(log.warning, REPORT, client, outcome, why))
-        return self.receipts["applied" if outcome == "applied" else "duplicate"]
+        self.store.on_commit(self.report, began, client, outcome, why)
+        return self.applied if outcome == "applied" else self.duplicate
 
-    def count(self, outcome: str, began: float) -> None:
+    def report(self, began: float, client: str, outcome: str, why: str) -> None:
+        """Count a message, and log why it does not count."""
         self.outcomes[outcome] += 1
         self.seconds += time.perf_counter() - began
         if outcome in ("applied", "failed"):
             self.is_failing = outcome == "failed"
+        if why:
+            log.warning("a message of %s is %s: %.300s", client, outcome, why)
 
     def get_rockets(self) -> bytes:
         given = read_query(LIST_RULES)
@@ -692,69 +661,59 @@ class Api:
         if not totals:
             raise HTTPError(404, UNKNOWN)
         query = HISTORY_DEFAULTS | given
-        order, limit = query["order"], query["limit"]
-        one_more = key | query | {"limit": limit + 1}
-        rows = self.store.execute(SELECT_MESSAGES % {"order": order}, one_more)
-        page = rows[:limit]
-        if len(rows) > limit:
-            edge = "after" if order == "asc" else "before"
+        rows = self.store.execute(SELECT_MESSAGES % query, key | query)
+        page = rows[: query["limit"]]
+        if len(rows) > len(page):
+            edge = "after" if query["order"] == "asc" else "before"
             link_to_next(given, **{edge: page[-1][0]})
-        members = key | {"count": len(page), "total": totals[0][0], "order": order}
+        members = key | {"count": len(page), "total": totals[0][0], "order": query["order"]}
         return with_array(members, "messages", [message for _, message in page])
 
-    def count_statuses(self) -> dict[str, int]:
-        return dict.fromkeys(STATUSES, 0) | dict(self.store.execute(COUNT_BY_STATUS))
-
-    def count_names(self, field: str) -> list[dict]:
-        counts = self.store.execute(COUNT_BY_NAME % {"field": field})
-        return [{field: name, "rockets": count} for name, count in counts]
+    def count_fleet(self) -> dict:
+        """Return what /fleet shows."""
+        ((rockets, messages, missing),) = self.store.execute(COUNT_ALL)
+        fleet = {"rockets": rockets, "messages": messages, "missingMessages": missing}
+        fleet["statuses"] = dict.fromkeys(STATUSES, 0) | dict(self.store.execute(COUNT_BY_STATUS))
+        for field in ("type", "mission"):
+            counts = self.store.execute(COUNT_BY_NAME % {"field": field})
+            fleet[f"{field}s"] = [{field: name, "rockets": count} for name, count in counts]
+        return fleet
 
     def get_fleet(self) -> str:
         read_query({})
         self.check_tag()
-        ((rockets, messages, missing),) = self.store.execute(COUNT_ALL)
-        fleet = {"rockets": rockets, "messages": messages, "missingMessages": missing}
-        fleet["statuses"] = self.count_statuses()
-        fleet["types"], fleet["missions"] = map(self.count_names, ("type", "mission"))
-        return dump(fleet)
+        return dump(self.count_fleet())
 
     def get_health(self) -> str:
         read_query({})
         response.headers.update(headers_of(JSON))
         if self.is_failing:
             self.store.probe()
-            self.store.on_commit(partial(setattr, self, "is_failing", False))
         ((rockets, messages, _),) = self.store.execute(COUNT_ALL)
         return dump({"status": "ok", "rockets": rockets, "messages": messages})
 
     def get_metrics(self) -> str:
         read_query({})
         response.headers.update(headers_of(METRICS))
-        ((_, _, missing),) = self.store.execute(COUNT_ALL)
-        return self.metrics.format(
-            api=self,
-            version=VERSION,
-            missing=missing,
-            posts=sum(self.outcomes.values()),
-            messages=samples("rockets_messages_total", "outcome", self.outcomes),
-            fleet=samples("rockets_fleet", "status", self.count_statuses()),
-        )
+        posts = sum(self.outcomes.values())
+        return self.metrics.format(api=self, posts=posts, version=VERSION, **self.count_fleet())
 
 
 def create_app(store: Store) -> Bottle:
     """Return the service on top of a store, as a WSGI application."""
-    app, api, get = Bottle(), Api(store), ["GET", "HEAD"]
+    app, api = Bottle(), Api(store)
     app.default_error_handler = problem
-    app.route("/messages", "POST", api.post_message)
-    app.route("/rockets", get, api.get_rockets)
-    app.route("/rockets/<channel>", get, api.get_rocket)
-    app.route("/rockets/<channel>/messages", get, api.get_messages)
-    app.route("/fleet", get, api.get_fleet)
-    app.route("/health", get, api.get_health)
-    app.route("/metrics", get, api.get_metrics)
-    app.route("/static/<path:path>", get, get_file)
-    for path, file in PAGES.items():
-        app.route(path, get, partial(get_file, file))
+    app.post("/messages", callback=api.post_message)
+    app.get("/rockets", callback=api.get_rockets)
+    app.get("/rockets/<channel>", callback=api.get_rocket)
+    app.get("/rockets/<channel>/messages", callback=api.get_messages)
+    app.get("/fleet", callback=api.get_fleet)
+    app.get("/health", callback=api.get_health)
+    app.get("/metrics", callback=api.get_metrics)
+    app.get("/static/<path:path>", callback=get_file)
+    app.get("/", callback=lambda: get_file("index.html"))
+    app.get("/docs", callback=lambda: get_file("docs.html"))
+    app.get("/openapi.json", callback=lambda: get_file("openapi.json"))
     return app
 
 
@@ -786,8 +745,6 @@ class Request(HTTPRequestParser):
     def received(self, data: bytes) -> int:
         """Take in data, and return how many bytes of it were used. waitress calls this."""
         is_first = not self.header_plus and not self.headers_finished
-        if is_first and data[:1] in b"\r\n":  # empty lines before a request (section 2.2)
-            return len(data) - len(data.lstrip(b"\r\n"))
         if is_first and not data[:1].isalpha():  # it may be a TLS greeting
             self.error = BadRequest("this is no HTTP")
             self.completed = True
@@ -796,20 +753,18 @@ class Request(HTTPRequestParser):
 
     def parse_header(self, header_plus: bytes) -> None:
         """Parse the first line and the headers. Raise ParsingError for a 400."""
-        codings = [coding.strip(b" \t\r").lower() for coding in CODINGS.findall(header_plus)]
         if BLANKS.search(header_plus):
             raise ParsingError(f"a header must have less than {MAX_BLANKS} blanks in a row")
-        if codings and codings != [b"chunked"]:
-            raise ParsingError("Transfer-Encoding must be a single chunked (section 6.1)")
         try:
             super().parse_header(header_plus)
-        except ValueError as error:  # in an address, or of a number with thousands of digits
+        except (ValueError, TransferEncodingNotImplemented) as error:  # ValueError: of an address
             raise ParsingError(str(error)) from error
-        if codings and (self.version != "1.1" or "CONTENT_LENGTH" in self.headers):
-            raise ParsingError("Transfer-Encoding must stand alone, in HTTP/1.1 (section 6.1)")
-        host = self.headers.get("HOST")
-        is_missing = host is None and self.version == "1.1"
-        if is_missing or "," in (host or ""):  # waitress joins repeated headers with a comma
+        codings = [coding.strip(b" \t\r").lower() for coding in CODINGS.findall(header_plus)]
+        is_alone = self.version == "1.1" and "CONTENT_LENGTH" not in self.headers
+        if codings and not (codings == [b"chunked"] and is_alone):
+            raise ParsingError("Transfer-Encoding must be chunked, alone, in HTTP/1.1 (section 6.1)")
+        host = self.headers.get("HOST", "," if self.version == "1.1" else "")
+        if "," in host:  # waitress joins repeated headers with a comma
             raise ParsingError("there must be exactly one Host (section 3.2)")
 
 
@@ -819,15 +774,15 @@ class Answer(Task):
     def execute(self) -> None:
         self.status, self.response_headers, body = self.channel.answer
         self.content_length = len(body)
-        if self.request.error:  # waitress refused it, so no handler has logged it
-            why = self.request.error.body
-            log.warning("a request of %s is refused: %.300s", self.channel.addr[0], why)
+        refused = self.request.error  # by waitress, so no handler has logged it
+        if refused:
             self.request.headers["CONNECTION"] = "close"
         head = self.build_response_header()
         self.wrote_header = True
         self.channel.write_soon(head + body)  # in one packet, if it fits
-        line = getattr(self.request, "first_line", b"")  # a refused request may have none
-        log.info("%s %s %.300a", self.status[:3], self.channel.addr[0], line)
+        what = refused.body if refused else self.request.first_line
+        level = logging.WARNING if refused else logging.INFO
+        log.log(level, "%s %s %.300a", self.status[:3], self.channel.addr[0], what)
 
 
 class Connection(HTTPChannel):
@@ -910,7 +865,13 @@ class Server:
         self.receive(0 if any(each.is_ready() for each in self.arrived) else IDLE)
         ready = [each for each in self.arrived if each.is_ready()][:MAX_TURN]
         self.arrived = [each for each in self.arrived if each not in ready]
-        if len(ready) < 2 or not self.ask_together(ready):
+        if not ready:
+            return
+        try:
+            with self.store.transaction():
+                if any(connection.ask() >= 500 for connection in ready):
+                    raise Unavailable("a request failed")  # to roll back
+        except (Unavailable, sqlite3.Error):
             for connection in ready:
                 connection.ask()
         for connection in ready:
@@ -943,16 +904,6 @@ class Server:
         if len(connections) > MAX_CONNECTIONS and idle:
             min(idle, key=lambda each: each.last_activity).handle_close()
 
-    def ask_together(self, ready: list[Connection]) -> bool:
-        """Ask about all requests in one transaction. Return whether it could be committed."""
-        try:
-            with self.store.transaction():
-                if any(connection.ask() >= 500 for connection in ready):
-                    raise Unavailable("a request failed")  # to roll back
-        except (Unavailable, sqlite3.Error):
-            return False
-        return True
-
 
 # Command line #####################################################################################
 
@@ -971,7 +922,8 @@ def listen(host: str, port: int) -> list[socket.socket]:
     return sockets
 
 
-def read_options() -> argparse.Namespace:
+def main() -> None:
+    """Read the options, and serve until SIGTERM or Ctrl-C."""
     given = os.environ.get
     parser = argparse.ArgumentParser(
         description="Take in what rockets send, and serve their state as JSON.",
@@ -982,16 +934,10 @@ def read_options() -> argparse.Namespace:
     option = parser.add_argument
     option("--host", default=given("HOST") or "localhost", help="address to listen on")
     option("--port", default=given("PORT") or "8088", type=int, help="0 takes any free one")
-    file = given("DATABASE") or "rockets.db"
-    option("--database", metavar="FILE", default=file, help="SQLite file to keep all in")
+    option("--database", default=given("DATABASE") or "rockets.db", help="SQLite file")
     option("--reset", action="store_true", help="start from an empty database")
     option("--verbose", action="store_true", help="log each request")
-    return parser.parse_args()
-
-
-def main() -> None:
-    """Read the options, and serve until SIGTERM or Ctrl-C."""
-    options = read_options()
+    options = parser.parse_args()
     level = "INFO" if options.verbose else "WARNING"
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("waitress").setLevel("ERROR")  # no line for each connection too many
@@ -1008,7 +954,6 @@ def main() -> None:
         signal.signal(number, server.stop)
     host = f"[{options.host}]" if ":" in options.host else options.host
     where = f"http://{host}:{sockets[0].getsockname()[1]}"
-    gc.freeze()  # what is there by now stays, and need not be looked at for garbage again
     found = f"{options.database} holds {rockets} rockets and {messages} messages"
     print(f"Rockets listens on {where}, {found}", flush=True)
     server.run()
