@@ -5,19 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from test_rockets import Process
+
 BLOCKS = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-
-
-@pytest.fixture
-def address(tmp_path):
-    command = [sys.executable, ROOT / "rockets.py", "--host=127.0.0.1", "--port=0"]
-    command.append(f"--database={tmp_path / 'rockets.db'}")
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        yield re.search(r"http://([0-9.:]+)", process.stdout.readline())[1]
-        process.terminate()
 
 
 def test_the_run_and_test_commands_are_those_of_ci():
@@ -28,11 +20,12 @@ def test_the_run_and_test_commands_are_those_of_ci():
     assert f"{install} && .venv/bin/python -m pytest -q" in (ci / "run").read_text()
 
 
-def test_each_command_of_the_readme_prints_what_stands_below_it(address):
+def test_each_command_of_the_readme_prints_what_stands_below_it(tmp_path):
     (block,) = [block for block in BLOCKS if "curl" in block]
-    script = block.replace("localhost:8088", address)
     expected = [line.removeprefix("# ") for line in block.splitlines() if line.startswith("# ")]
-    printed = subprocess.run(["bash", "-e"], input=script, capture_output=True, text=True)
+    with Process(tmp_path / "rockets.db") as process:
+        script = block.replace("localhost:8088", process.url)
+        printed = subprocess.run(["bash", "-e"], input=script, capture_output=True, text=True)
     assert printed.stdout.splitlines() == expected and not printed.stderr
 
 
