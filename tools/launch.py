@@ -282,10 +282,8 @@ class Run:
 
     def say_progress(self, sender: Sender) -> None:
         bar = "#" * (BAR * sender.done // self.total)
-        line = f"{bar:.<{BAR}} {sender.done:,} messages, {sender.retries:,} retries"
-        if sender.failure:
-            line += f": {sender.failure}"
-        say(line, end="" if IS_TERMINAL else "\n")
+        line = f"{sender.done:,} messages, {sender.retries:,} retries {sender.failure}"
+        say(f"{bar:.<{BAR}} {line}", end="" if IS_TERMINAL else "\n")
 
     def send(self) -> bool:
         """Send all, compare, and tell whether all is right."""
@@ -316,11 +314,11 @@ class Run:
 def run_demo(args: argparse.Namespace) -> bool:
     began = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="launch-") as folder:
-        service = Service(Path(folder) / "rockets.db")
+        running = Service(Path(folder) / "rockets.db")
         try:
-            is_right = Run(args, f"{service.url}/messages", service.restart).send()
+            is_right = Run(args, f"{running.url}/messages", running.restart).send()
         finally:
-            service.kill()
+            running.kill()
     say(f"the demo took {time.perf_counter() - began:.1f} s")
     return is_right
 
