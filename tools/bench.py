@@ -1,16 +1,15 @@
-"""Bench measures what the service costs, and prints it as a Markdown table.
+"""Bench measures how fast the service is, and prints it as a Markdown table.
 
     python tools/bench.py                  beside waitress as it comes, and by itself
     python tools/bench.py --against DIR    beside another checkout of this project
     python tools/bench.py --peers PYTHON   beside FastAPI and Flask, run by that Python
-    python tools/bench.py --only post run  some rows of a table
 
 What is compared runs in turn, A B A B, in slices of a run, and a ratio is the median of the runs'
-ratios, as times on a shared machine move. "waitress as it comes" is waitress.serve() around
-handlers that do nothing. The other peers keep messages in the same store, with a commit for each.
+ratios, as times on a shared machine move. "waitress as it comes" is waitress.serve() around a
+handler that does nothing. The other peers keep messages in the same store, with a commit for each.
 The Python for them needs this project's packages, fastapi, uvicorn, flask and gunicorn. Each
-request is a new connection, except where a row says otherwise. The databases are in the current
-folder, whose disk counts, and are removed in the end. Needs Linux.
+request is a new connection. The databases are in the current folder, whose disk counts, and are
+removed in the end. Needs Linux.
 """
 
 import argparse
@@ -24,34 +23,21 @@ import sqlite3
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from datetime import date
 from functools import partial
-from http.client import HTTPConnection, HTTPResponse
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from statistics import fmean, median
-from urllib.parse import urlsplit
+from typing import NamedTuple
 
 import bottle
 import launch
 import waitress
 
-ROOT = launch.SERVICE.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(launch.SERVICE.parent))
 import rockets  # noqa: E402
-
-SLICES = 8  # in one run, which takes some seconds; whatever else the machine does meets all alike
-POSTS = 500  # in one slice
-GETS = 400  # of one rocket, or answered with 304, in one slice
-LIST = "/rockets?sort=speed&order=desc&limit=1000"
-SMALL, LARGE = 10_000, 1_000_000  # messages stored
-FILLING = 5000  # messages in a transaction while a database is filled
-APPLIED = 2000  # messages to find the cost of one
-STARTS = 5
-Row = tuple[str, str]  # what is measured, and the figure
 
 # Servers to compare with ##########################################################################
 
@@ -64,7 +50,6 @@ def listen() -> socket.socket:
 
 
 def serve_nothing(_database: str) -> None:
-    """Serve handlers that do nothing with waitress as it comes."""
     app = bottle.Bottle()
 
     @app.post("/messages")
@@ -72,14 +57,6 @@ def serve_nothing(_database: str) -> None:
         bottle.request.body.read()
         bottle.response.status = 202
         return "{}"
-
-    @app.get("/rockets")
-    def get_nothing_new() -> None:
-        bottle.response.status = 304
-
-    @app.get("/rockets/<channel>")
-    def get_rocket(channel: str) -> str:
-        return channel.ljust(330)  # bytes, as a rocket has
 
     waitress.serve(app, sockets=[listen()], _quiet=True)
 
@@ -135,11 +112,16 @@ PEERS = {
     "Flask and gunicorn": serve_flask,
 }
 
-# Load #############################################################################################
+# What is measured #################################################################################
+
+SLICES = 8  # in one run, which takes some seconds; whatever else the machine does meets all alike
+POSTS = 500  # in one slice
+LIST = "/rockets?sort=speed&order=desc&limit=1000"
+ROCKET = f"/rockets/{next(launch.fly(seed=445))['metadata']['channel']}"
 
 
 class Server:
-    """A server in a process of its own, within the with block; and what is measured of it."""
+    """A server in a process of its own, within the with block."""
 
     def __init__(self, command: list[object]):
         self.command = command
@@ -158,201 +140,134 @@ class Server:
         sender = launch.Sender(self.url, concurrency)
         seconds = sender.run(requests)
         if sender.retries:
-            sys.exit(f"bench: {self.command} answers {sender.retries}")
+            sys.exit(f"bench: {self.command} answers {sender.failure}")
         return len(requests) / seconds
-
-    def posts(self, messages: Iterator[dict], count: int) -> list[bytes]:
-        """Return messages as requests, made beforehand so that only their sending takes time."""
-        bodies = [json.dumps(message).encode() for message in islice(messages, count)]
-        return [launch.http_request("POST", f"{self.url}/messages", body) for body in bodies]
 
     def launch_rockets(self, fleet: int) -> None:
         messages = launch.fly(seed=445, fleet=fleet)
         launches = (sent for sent in messages if sent["metadata"]["messageNumber"] == 1)
-        self.rate(self.posts(launches, fleet), concurrency=20)
-
-    def post_rate(self, concurrency: int) -> float:
-        return self.rate(self.posts(self.messages, POSTS), concurrency)
-
-    def get_rate(self, path: str, count: int, concurrency: int) -> float:
-        return self.rate([launch.http_request("GET", self.url + path)] * count, concurrency)
-
-    def unchanged_rate(self) -> float:
-        """Return how often a second one client is told that the list has not changed."""
-        connection = HTTPConnection(urlsplit(self.url).netloc)
-
-        def ask(tag: str) -> HTTPResponse:
-            connection.request("GET", LIST, headers={"If-None-Match": tag})
-            with connection.getresponse() as answer:
-                answer.read()
-                return answer
-
-        tag = ask('"none"').headers.get("ETag", "*")
-        began = time.perf_counter()
-        if {ask(tag).status for _ in range(GETS)} != {304}:
-            sys.exit(f"bench: not every GET of {self.url}{LIST} was answered 304")
-        return GETS / (time.perf_counter() - began)
-
-    def peak_memory(self) -> float:
-        """Return the MiB that the process has held at most."""
-        status = Path(f"/proc/{self.process.pid}/status").read_text()
-        return int(status.partition("VmHWM:")[2].split()[0]) / 1024
+        self.rate(as_posts(self, islice(launches, fleet)), concurrency=20)
 
 
-def service(checkout: Path, database: Path) -> Server:
-    return Server(launch.service(database, program=checkout / "rockets.py"))
+def as_posts(server: Server, messages: Iterable[dict]) -> list[bytes]:
+    bodies = [json.dumps(message).encode() for message in messages]
+    return [launch.http_request("POST", f"{server.url}/messages", body) for body in bodies]
 
 
-def peer(python: str, name: str, database: Path) -> Server:
-    return Server([python, __file__, "serve", name, database])
+def posts(server: Server) -> list[bytes]:
+    return as_posts(server, islice(server.messages, POSTS))
 
 
-def filled(database: Path, size: int) -> tuple:
-    """Return a store with so many messages, and those that come next, as the store takes them."""
-    store = rockets.Store(str(database))
-    bodies = (json.dumps(message).encode() for message in launch.fly(seed=444))
-    messages = map(rockets.parse_message, bodies)
-    for _ in range(size // FILLING):
-        with store.transaction():
-            for message in islice(messages, FILLING):
-                store.apply(message)
-    return store, messages
+def gets(path: str, count: int) -> Callable[[Server], list[bytes]]:
+    return lambda server: [launch.http_request("GET", server.url + path)] * count
 
 
-# Rows #############################################################################################
-
-ROCKET = f"/rockets/{next(launch.fly(seed=445))['metadata']['channel']}"
-
-
-def posting(concurrency: int) -> Callable:
-    return partial(Server.post_rate, concurrency=concurrency)
-
-
-def getting(path: str, count: int, concurrency: int) -> Callable:
-    return partial(Server.get_rate, path=path, count=count, concurrency=concurrency)
+class Row(NamedTuple):
+    name: str
+    what: str
+    fleet: int  # rockets that are there
+    requests: Callable[[Server], list[bytes]]  # of one slice
+    concurrency: int
+    peers: tuple[str, ...] = ()
 
 
 NOTHING, THREAD, *OTHERS = PEERS
-COMPARED = (  # row, what is measured, rockets that are there, how, against whom
-    ("post", "durable POST, 1 at a time", 0, posting(1), (NOTHING, THREAD)),
-    ("post", "durable POST, 3 at a time", 0, posting(3), (NOTHING, THREAD)),
-    ("post", "durable POST, 20 at a time", 0, posting(20), (NOTHING, THREAD)),
-    ("rocket", "GET of one rocket, 3 at a time", 20, getting(ROCKET, GETS, 3), (NOTHING,)),
-    ("lists", "list of 20 rockets", 20, getting(LIST, 125, 1), ()),
-    ("lists", "list of 1,000 rockets", 1000, getting(LIST, 25, 1), ()),
-    ("lists", "list of 1,000 of 10,000 rockets", 10_000, getting(LIST, 25, 1), ()),
-    ("unchanged", "unchanged list, connection kept", 20, Server.unchanged_rate, (NOTHING,)),
+ROWS = (
+    Row("post", "durable POST, 1 at a time", 0, posts, 1, (NOTHING, THREAD)),
+    Row("post", "durable POST, 3 at a time", 0, posts, 3, (NOTHING, THREAD)),
+    Row("post", "durable POST, 20 at a time", 0, posts, 20, (NOTHING, THREAD)),
+    Row("get", "GET of one rocket, 3 at a time", 20, gets(ROCKET, 400), 3),
+    Row("get", "list of 20 rockets", 20, gets(LIST, 125), 1),
+    Row("get", "list of 1,000 rockets", 1000, gets(LIST, 25), 1),
+    Row("get", "list of 1,000 of 10,000 rockets", 10_000, gets(LIST, 25), 1),
 )
 
 
-def compare(
-    what: str, fleet: int, measure: Callable, opponents: dict, folder: Path, pairs: int
-) -> Iterator[Row]:
+def compare(row: Row, opponents: dict[str, Callable], folder: Path, pairs: int) -> Iterator[tuple]:
+    """Yield what was measured and the figure, for each opponent."""
     with ExitStack() as stack:
         servers = []
-        for start in (partial(service, ROOT), *opponents.values()):
+        for command in (launch.service, *opponents.values()):
             database = Path(tempfile.mkdtemp(dir=folder)) / "rockets.db"
-            servers.append(stack.enter_context(start(database)))
-            servers[-1].launch_rockets(fleet)
-        ours, *others = zip(*measure_in_turn(servers, measure, pairs), strict=True)
+            servers.append(stack.enter_context(Server(command(database))))
+            servers[-1].launch_rockets(row.fleet)
+        ours, *others = zip(*measure_in_turn(servers, row, pairs), strict=True)
     if not others:
-        yield what, f"{1000 / median(ours):.2f} ms"
+        yield row.what, f"{1000 / median(ours):.2f} ms"
     for name, theirs in zip(opponents, others, strict=True):
         ratios = sorted(our / their for our, their in zip(ours, theirs, strict=True))
         times = f"{median(ratios):.2f} times ({ratios[0]:.2f} to {ratios[-1]:.2f})"
         figures = f"{median(ours):,.0f} against {median(theirs):,.0f} a second"
-        yield f"{what}, against {name}", f"{times}: {figures}"
+        yield f"{row.what}, against {name}", f"{times}: {figures}"
 
 
-def measure_in_turn(servers: list[Server], measure: Callable, pairs: int) -> list[list[float]]:
-    """Return a figure of each server for each pair of runs. The first run warms up."""
+def measure_in_turn(servers: list[Server], row: Row, pairs: int) -> list[list[float]]:
+    """Return the rate of each server for each pair of runs. The first run warms up."""
     runs = []
     for _ in range(pairs + 1):
-        slices = [[measure(server) for server in servers] for _ in range(SLICES)]
-        runs.append([fmean(figures) for figures in zip(*slices, strict=True)])
+        slices = [
+            [server.rate(row.requests(server), row.concurrency) for server in servers]
+            for _ in range(SLICES)
+        ]
+        runs.append([fmean(rates) for rates in zip(*slices, strict=True)])
     return runs[1:]
 
 
-def measure_growth(folder: Path) -> Iterator[Row]:
-    databases = [folder / "small.db", folder / "large.db"]
-    stores = list(map(filled, databases, (SMALL, LARGE)))
-    costs: list[list[float]] = [[], []]
-    for _ in range(APPLIED):
-        for (store, messages), times in zip(stores, costs, strict=True):
-            message = next(messages)
-            began = time.perf_counter()
-            with store.transaction():
-                store.apply(message)
-            times.append(1000 * (time.perf_counter() - began))
-    for store, _ in stores:
-        store.close()
-    small, large = map(median, costs)
-    what = f"cost of a message with {LARGE:,} stored, against {SMALL:,}"
-    yield what, f"{large / small:.2f} times: {large:.2f} against {small:.2f} ms"
-    size = databases[1].stat().st_size / (LARGE + APPLIED)
-    yield f"size on disk, {LARGE:,} stored", f"{size:.0f} bytes a message"
-    starts = []
-    for _ in range(STARTS):
-        began = time.perf_counter()
-        with service(ROOT, databases[1]) as server:
-            server.get_rate("/health", 1, 1)
-            starts.append(time.perf_counter() - began)
-    yield f"start, {LARGE:,} stored, until `/health` answers", f"{median(starts):.2f} s"
-
-
-def measure_run(folder: Path) -> Iterator[Row]:
-    with service(ROOT, folder / "run.db") as server:
+def measure_run(folder: Path) -> Iterator[tuple]:
+    """Yield what the test program's default run takes, as compare() does."""
+    with Server(launch.service(folder / "run.db")) as server:
         command = [sys.executable, launch.__file__, f"{server.url}/messages"]
         command += ["--reorder=300", "--duplicates=0.1"]
         said = subprocess.run(command, stdout=subprocess.PIPE, text=True).stdout.splitlines()
-        what = "the test program's default run, up to 300 places late, a tenth of it twice"
-        yield what, "; ".join(said[-2:])
-        yield "peak memory over it", f"{server.peak_memory():.0f} MiB"
+        yield "default run, up to 300 places late, a tenth of it twice", "; ".join(said[-2:])
+        status = Path(f"/proc/{server.process.pid}/status").read_text()
+        peak = int(status.partition("VmHWM:")[2].split()[0])
+        yield "peak memory over it", f"{peak / 1024:.0f} MiB"
 
 
-ALONE = {"growth": measure_growth, "run": measure_run}
+# Command line #####################################################################################
 
 
-def choose_opponents(args: argparse.Namespace, names: tuple[str, ...]) -> dict[str, Callable]:
-    """Return what starts the servers to compare with, by name."""
+def peer(python: str, name: str, database: Path) -> list[object]:
+    return [python, __file__, "serve", name, database]
+
+
+def choose_opponents(args: argparse.Namespace, row: Row) -> dict[str, Callable]:
+    """Return what makes the commands of the servers to compare with, by name."""
     if args.against:
-        return {str(args.against): partial(service, args.against.resolve())}
+        program = args.against.resolve() / "rockets.py"
+        return {str(args.against): partial(launch.service, program=program)}
     if args.peers:
         return {name: partial(peer, args.peers, name) for name in OTHERS}
-    return {name: partial(peer, sys.executable, name) for name in names}
+    return {name: partial(peer, sys.executable, name) for name in row.peers}
 
 
 def read_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     option = parser.add_argument
-    beside = parser.add_mutually_exclusive_group().add_argument
-    beside("--against", metavar="DIR", type=Path, help="compare with the service of that folder")
-    beside("--peers", metavar="PYTHON", help="compare with FastAPI and Flask, run by that Python")
-    option("--pairs", metavar="N", type=int, default=7, help="runs of each; default: 7")
-    rows = [*dict.fromkeys(row for row, *_ in COMPARED), *ALONE]
-    text = f"some rows of the table: {', '.join(rows)}"
-    option("--only", metavar="ROW", nargs="+", choices=rows, default=rows, help=text)
+    option("--against", metavar="DIR", type=Path, help="compare with the service of that folder")
+    option("--peers", metavar="PYTHON", help="compare with FastAPI and Flask, run by that Python")
+    option("--pairs", metavar="N", type=int, default=3, help="runs of each; default: 3")
+    option("--only", choices=["post", "get", "run"], help="a part of the table")
     return parser.parse_args()
+
+
+def measure(args: argparse.Namespace, folder: Path) -> Iterator[tuple]:
+    for row in ROWS:
+        is_for_peers = row.name == "post" or not args.peers
+        if args.only in (row.name, None) and is_for_peers:
+            yield from compare(row, choose_opponents(args, row), folder, args.pairs)
+    if args.only in ("run", None) and not args.against and not args.peers:
+        yield from measure_run(folder)
 
 
 def main() -> None:
     args = read_arguments()
-    if args.peers:
-        args.only = ["post"]
-    elif args.against:
-        args.only = [row for row in args.only if row not in ALONE]
+    machine = f"{os.cpu_count()} cores, Python {platform.python_version()}"
+    print(f"{date.today()}, {machine}, SQLite {sqlite3.sqlite_version}\n")
+    print("| measured | figure |\n|---|---|", flush=True)
     with tempfile.TemporaryDirectory(prefix="bench-", dir=".") as name:
-        folder = Path(name).resolve()
-        machine = f"{os.cpu_count()} cores, Python {platform.python_version()}"
-        print(f"{date.today()}, {machine}, SQLite {sqlite3.sqlite_version}\n")
-        print("| measured | figure |\n|---|---|", flush=True)
-        tables = [
-            compare(*how, choose_opponents(args, names), folder, args.pairs)
-            for row, *how, names in COMPARED
-            if row in args.only
-        ]
-        tables += [measure(folder) for row, measure in ALONE.items() if row in args.only]
-        for what, figure in chain.from_iterable(tables):
+        for what, figure in measure(args, Path(name).resolve()):
             print(f"| {what} | {figure} |", flush=True)
 
 

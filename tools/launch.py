@@ -12,25 +12,22 @@ service serves with what its messages add up to, and exits 1 if there is a diffe
 
 import argparse
 import json
-import math
 import random
 import re
 import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import uuid
-from collections import Counter, defaultdict, deque
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from datetime import datetime
-from functools import partial
 from heapq import heappop, heappush
-from http.client import HTTPException
-from itertools import count, islice
+from itertools import islice
 from pathlib import Path
+from threading import Lock, Thread
 from urllib.parse import urljoin, urlsplit
 from urllib.request import ProxyHandler, build_opener
 
@@ -40,8 +37,6 @@ TYPES = "Falcon-9 Falcon-Heavy Saturn-V Ariane-5 Soyuz-2 Atlas-V Delta-IV Electr
 MISSIONS = "ARTEMIS SHUTTLE_MIR APOLLO GEMINI SKYLAB VOYAGER CASSINI ROSETTA VOSTOK".split()
 REASONS = "PRESSURE_VESSEL_FAILURE ENGINE_FAILURE FUEL_LEAK GUIDANCE_FAILURE".split()
 SPEED_STEP = 500  # all speeds are multiples of it, and none is below it
-DOOMED = 0.3  # of the fleet: 6 of 20 rockets
-LIFETIMES = (300, 4500)  # messages of a doomed rocket
 COPY_LATE = 300  # places that a copy comes at most after its message
 
 
@@ -50,8 +45,7 @@ def fly(seed: int, fleet: int = 20) -> Iterator[dict]:
     dice = random.Random(seed)
     names = [f"rocket {place} of seed {seed}" for place in range(fleet)]
     flying = [str(uuid.uuid5(uuid.NAMESPACE_URL, name)) for name in names]
-    doomed = dice.sample(flying, round(DOOMED * fleet))
-    lifetimes = {channel: dice.randint(*LIFETIMES) for channel in doomed}
+    lifetimes = {channel: dice.randint(300, 4500) for channel in flying[:6]}  # the others fly on
     numbers: Counter[str] = Counter()  # of messages, by channel
     speeds: Counter[str] = Counter()
     while True:
@@ -67,7 +61,7 @@ def fly(seed: int, fleet: int = 20) -> Iterator[dict]:
             flying.remove(channel)
         elif dice.random() < 0.1:
             message_type, content = "RocketMissionChanged", {"newMission": dice.choice(MISSIONS)}
-        elif dice.random() < 0.5 and speeds[channel] - change >= SPEED_STEP:
+        elif dice.random() < 0.5 and speeds[channel] > change:
             message_type, content = "RocketSpeedDecreased", {"by": change}
             speeds[channel] -= change
         else:
@@ -79,17 +73,15 @@ def fly(seed: int, fleet: int = 20) -> Iterator[dict]:
         yield {"metadata": metadata, "message": content}
 
 
-def disorder(
-    bodies: Iterable[bytes], seed: int, reorder: int, duplicates: float
-) -> Iterator[bytes]:
-    """Yield each body at most so many places late, and a share of them twice."""
+def disorder(messages: Iterable, seed: int, reorder: int, duplicates: float) -> Iterator:
+    """Yield messages at most so many places late, mostly a few, and a share of them twice."""
     dice = random.Random(f"order {seed}")
-    waiting: list[tuple[int, int, bytes]] = []  # a heap of (place at which it is due, order, body)
-    for place, body in enumerate(bodies):
-        due = place + dice.randint(0, reorder)
-        heappush(waiting, (due, -place, body))  # of those due at one place, the last goes first
+    waiting: list[tuple] = []  # a heap of (place at which it is due, original place, message)
+    for place, message in enumerate(messages):
+        due = place + reorder * dice.random() ** 8  # half of them by less than reorder / 250
+        heappush(waiting, (due, place, message))
         if dice.random() < duplicates:
-            heappush(waiting, (due + dice.randint(1, COPY_LATE), -place, body))
+            heappush(waiting, (due + dice.randint(1, COPY_LATE), place, message))
         while waiting and waiting[0][0] <= place:
             yield heappop(waiting)[2]
     while waiting:
@@ -128,101 +120,97 @@ def fold(messages: Iterable[dict]) -> dict:
     }
 
 
+def compare(expected: dict[str, dict], served: dict[str, dict]) -> Iterator[str]:
+    """Yield the differences between rockets by channel, each as a line of text."""
+    for channel, rocket in expected.items():
+        for field, right in rocket.items():
+            got = served.get(channel, {}).get(field)
+            if got != right:
+                yield f"{channel} {field} is {json.dumps(got)}, not {json.dumps(right)}"
+
+
 # Sending ##########################################################################################
 
 RETRY_AFTER = 0.5  # seconds, as the test program waits
 TIMEOUT = 10  # seconds until an answer is given up
-STEP = 0.02  # seconds
+IS_TERMINAL = sys.stdout.isatty()
+SAY_EVERY = 0.1 if IS_TERMINAL else 10  # seconds
 
 
 def http_request(method: str, url: str, body: bytes = b"") -> bytes:
     """Return a request to send as it is; it asks to close the connection after the answer."""
     parts = urlsplit(url)
-    target = url.partition(parts.netloc)[2] or "/"
+    target = url.partition(parts.netloc)[2]
     head = f"{method} {target} HTTP/1.1\r\nHost: {parts.netloc}\r\nConnection: close\r\n"
-    if body:
-        head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
-    return head.encode() + b"\r\n" + body
+    head += f"Content-Length: {len(body)}\r\n\r\n"
+    return head.encode() + body
 
 
 class Sender:
     """Sends requests, each on a new connection, until each is answered with a 2xx."""
 
-    def __init__(self, url: str, concurrency: int = 3, delay: float = 0):
-        """Use so many threads, with so many seconds from one new request to the next."""
+    def __init__(self, url: str, concurrency: int):
         parts = urlsplit(url)
         self.address = (parts.hostname, parts.port or 80)
-        self.concurrency, self.delay = concurrency, delay
-        self.turn = threading.Lock()  # to take the next request
-        self.requests: Iterator[bytes] = iter(())
-        self.ready = 0.0  # when the next one may be sent, a second of time.perf_counter()
-        self.repeats: deque[tuple[float, bytes]] = deque()  # when they are due, and requests
-        self.lock = threading.Lock()  # for what is counted
-        self.done = 0  # requests
-        self.duplicates = 0  # answers that say so
-        self.retries: Counter[str] = Counter()  # by reason
+        self.concurrency = concurrency  # requests under way at a time
+        self.turn = Lock()  # to take the next request
+        self.lock = Lock()  # for what is counted
+        self.done = self.duplicates = self.retries = 0
+        self.failure = ""  # reason of the last retry
 
-    def run(self, requests: Iterable[bytes], watcher: Iterator = iter(())) -> float:
-        """Send all requests, and return the seconds that it took.
-
-        The watcher is asked for its next item at each STEP, while requests are under way.
-        """
-        self.requests = iter(requests)
+    def run(self, requests: Iterable[bytes], watch: Callable | None = None) -> float:
+        """Send all requests, calling watch(self) now and then; return the seconds that it took."""
         began = time.perf_counter()
-        threads = [threading.Thread(target=self.work, daemon=True) for _ in range(self.concurrency)]
+        shared, threads = iter(requests), []
+        for _ in range(self.concurrency):
+            threads.append(Thread(target=self.work, args=[shared], daemon=True))
+            threads[-1].start()
         for thread in threads:
-            thread.start()
-        for thread in threads:
+            thread.join(SAY_EVERY)
             while thread.is_alive():
-                next(watcher, None)
-                thread.join(STEP)
+                if watch:
+                    watch(self)
+                thread.join(SAY_EVERY)
         return time.perf_counter() - began
 
-    def work(self) -> None:
-        while request := self.take():
-            if not self.deliver(request):
-                self.repeats.append((time.perf_counter() + RETRY_AFTER, request))
-
-    def take(self) -> bytes:
-        """Return the next request when it may be sent; an empty one if none is left."""
-        with self.turn:
-            due, request = self.repeats[0] if self.repeats else (math.inf, b"")
-            if due > time.perf_counter() and (new := next(self.requests, b"")):
-                sleep_until(self.ready)
-                self.ready = time.perf_counter() + self.delay
-                return new
-            if request:
-                self.repeats.popleft()
-                sleep_until(due)
-            return request
+    def work(self, requests: Iterator[bytes]) -> None:
+        while True:
+            with self.turn:
+                request = next(requests, None)
+            if not request:
+                return
+            while not self.deliver(request):
+                time.sleep(RETRY_AFTER)
 
     def deliver(self, request: bytes) -> bool:
         """Send a request once, and tell whether it was answered with a 2xx."""
-        answer, failure = b"", "Closed without an answer"
+        answer, failure = b"", "closed without an answer"
         try:
             with socket.create_connection(self.address, TIMEOUT) as connection:
                 connection.sendall(request)
                 while received := connection.recv(1 << 16):
                     answer += received
         except OSError as error:
-            failure = error.strerror or str(error)
+            failure = str(error)
         status = answer.partition(b"\r\n")[0].partition(b" ")[2].decode()
+        is_done = status.startswith("2")
         with self.lock:
-            if status.startswith("2"):
-                self.done += 1
-                self.duplicates += b'"duplicate"' in answer
-                return True
-            self.retries[status or failure] += 1
-            return False
-
-
-def sleep_until(moment: float) -> None:
-    time.sleep(max(0, moment - time.perf_counter()))
+            self.done += is_done
+            self.duplicates += b'"duplicate"' in answer
+            self.retries += not is_done
+            if not is_done:
+                self.failure = status or failure
+        return is_done
 
 
 # The service ######################################################################################
 
 SERVICE = Path(__file__).resolve().parent.parent / "rockets.py"
+
+
+def service(database: Path, port: int = 0, program: Path = SERVICE) -> list[object]:
+    """Return the command that runs the service, by default on a free port."""
+    return [sys.executable, program, "--host=127.0.0.1", f"--port={port}", "--database", database]
 
 
 def start(*command: object) -> tuple[subprocess.Popen, str]:
@@ -234,53 +222,36 @@ def start(*command: object) -> tuple[subprocess.Popen, str]:
     return process, listens[0]
 
 
-def stop(process: subprocess.Popen) -> None:
-    """Kill a server, if it still runs."""
-    process.kill()
-    process.wait()
-    process.stdout.close()
+class Service:
+    """The service as a process of its own."""
 
+    def __init__(self, database: Path):
+        self.database = database
+        self.process, self.url = start(*service(database))
 
-def service(database: Path, port: int = 0, program: Path = SERVICE) -> list[object]:
-    """Return the command that runs the service, by default on a free port."""
-    return [sys.executable, program, "--host=127.0.0.1", f"--port={port}", "--database", database]
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+    def restart(self) -> None:
+        self.kill()
+        self.process, _ = start(*service(self.database, urlsplit(self.url).port))
 
 
 def read_rockets(url: str) -> dict[str, dict]:
-    """Return all of the service's rockets by channel.
-
-    Raise OSError, ValueError, LookupError or HTTPException if that can't be done.
-    """
-    rockets, page = {}, urljoin(url, "rockets?limit=1000")
+    """Return the rockets that changed last, 1,000 at most, by channel. Raise OSError."""
+    page = urljoin(url, "rockets?sort=updatedAt&order=desc&limit=1000")
     opener = build_opener(ProxyHandler({}))  # no proxy, as the messages take none
-    while page:
-        with opener.open(page, timeout=TIMEOUT) as answer:
-            rockets |= {rocket["channel"]: rocket for rocket in json.load(answer)["rockets"]}
-            following = re.search(r'<([^>]*)>; *rel="next"', answer.headers.get("Link", ""))
-        page = following and urljoin(page, following[1])
-    return rockets
-
-
-def compare(expected: dict[str, dict], served: dict[str, dict]) -> Iterator[str]:
-    """Yield the differences, each as a line of text."""
-    for channel, rocket in expected.items():
-        if channel not in served:
-            yield f"{channel} is missing"
-            continue
-        for name, right in rocket.items():
-            got = served[channel].get(name, "left out")
-            if got != right:
-                yield f"{channel} {name} is {json.dumps(got)}, not {json.dumps(right)}"
+    with opener.open(page, timeout=TIMEOUT) as answer:
+        return {rocket["channel"]: rocket for rocket in json.load(answer)["rockets"]}
 
 
 # Command line #####################################################################################
 
-BAR = 24  # characters, so that the line has at most 80
-IS_TERMINAL = sys.stdout.isatty()
-SAY_EVERY = 0.1 if IS_TERMINAL else 10  # seconds
+BAR = 10  # characters
 KILLS = 5
 DEMO = {"max_messages": 20_000, "duplicates": 0.1, "reorder": 20_000, "concurrency_level": 20}
-FAILURES = (OSError, ValueError, LookupError, HTTPException)  # of read_rockets()
+OVERTAKEN = "not compared: the service holds later messages of this seed; start it with --reset"
 
 
 def say(line: str, end: str = "\n") -> None:
@@ -288,116 +259,75 @@ def say(line: str, end: str = "\n") -> None:
     print(f"\r\x1b[K{line}" if IS_TERMINAL else line, end=end, flush=True)
 
 
-def progress(sender: Sender, expected: int) -> Iterator[None]:
-    """Say now and then how far the sender is with the expected number of requests."""
-    began = time.perf_counter()
-    for moment in count(began + SAY_EVERY, SAY_EVERY):
-        while time.perf_counter() < moment:
-            yield
-        done = sender.done
-        left = max(0, expected - done) * (moment - began) / max(1, done)
-        line = f"{done:,} messages, {sender.retries.total():,} retries, {left:,.0f} s left"
-        if IS_TERMINAL:
-            bar = "█" * min(BAR, BAR * done // expected)
-            say(f"{bar:░<{BAR}} {line}", end="")
-        else:
+class Run:
+    """Messages to send, and what the service should make of them."""
+
+    def __init__(self, args: argparse.Namespace, url: str, kill: Callable | None = None):
+        """Call kill(), if there is one, KILLS times while messages are sent."""
+        self.args, self.url, self.kill = args, url, kill
+        self.total = round(args.max_messages * (1 + args.duplicates))  # about, with the copies
+        self.sent: dict[str, list[dict]] = defaultdict(list)  # messages by channel
+
+    def requests(self) -> Iterator[bytes]:
+        args, part = self.args, self.total // KILLS
+        messages = islice(fly(args.seed), args.max_messages)
+        disordered = disorder(messages, args.seed, args.reorder, args.duplicates)
+        for place, message in enumerate(disordered):
+            if self.kill and place % part == part // 2:
+                self.kill()
+                say(f"kill {place // part + 1} of {KILLS} after {place:,} messages")
+            time.sleep(args.message_delay)
+            self.sent[message["metadata"]["channel"]].append(message)
+            yield http_request("POST", self.url, json.dumps(message).encode())
+
+    def say_progress(self, sender: Sender) -> None:
+        bar = "#" * (BAR * sender.done // self.total)
+        line = f"{sender.done:,} messages, {sender.retries:,} retries {sender.failure}"
+        say(f"{bar:.<{BAR}} {line}", end="" if IS_TERMINAL else "\n")
+
+    def send(self) -> bool:
+        """Send all, compare, and tell whether all is right."""
+        held = {}
+        with suppress(OSError):  # the service may not run yet
+            held = read_rockets(self.url)
+        sender = Sender(self.url, self.args.concurrency_level)
+        took = sender.run(self.requests(), self.say_progress)
+        line = f"{sender.done:,} messages in {took:,.1f} s, {sender.done / took:,.0f} a second, "
+        say(f"{line}{sender.duplicates:,} duplicates, {sender.retries:,} retries")
+        return self.verify(held)
+
+    def verify(self, held: dict[str, dict]) -> bool:
+        """Say where the service differs, given the rockets that it held at the start."""
+        rockets = {channel: fold(messages) for channel, messages in self.sent.items()}
+        for channel in rockets.keys() & held.keys():
+            if held[channel]["lastMessageNumber"] > rockets[channel]["lastMessageNumber"]:
+                say(OVERTAKEN)
+                return False
+            del rockets[channel]["launchedAt"], rockets[channel]["updatedAt"]  # of an earlier run
+        differences = list(compare(rockets, read_rockets(self.url)))
+        for line in differences:
             say(line)
+        say(f"{len(rockets)} rockets, {len(differences):,} differences")
+        return not differences
 
 
-def with_kills(
-    process: subprocess.Popen,
-    command: list,
-    stack: ExitStack,
-    contents: Iterator[bytes],
-    total: int,
-) -> Iterator[bytes]:
-    """Yield requests, and after each part of them kill the service and start it again."""
-    parts = [total * number // (KILLS + 1) for number in range(1, KILLS + 1)]
-    for place, content in enumerate(contents):
-        if place in parts:
-            began = time.perf_counter()
-            stop(process)
-            process, _ = start(*command)
-            stack.callback(stop, process)
-            took = time.perf_counter() - began
-            number = parts.index(place) + 1
-            say(f"kill {number} of {KILLS} after {place:,} messages, back in {took:.2f} s")
-        yield content
-
-
-def requests(args: argparse.Namespace, url: str, sent: dict[str, list[dict]]) -> Iterator[bytes]:
-    """Yield all requests in the order in which to send them, and note their messages."""
-
-    def note(message: dict) -> bytes:
-        sent[message["metadata"]["channel"]].append(message)
-        return json.dumps(message).encode()
-
-    bodies = map(note, islice(fly(args.seed), args.max_messages))
-    for body in disorder(bodies, args.seed, args.reorder, args.duplicates):
-        yield http_request("POST", url, body)
-
-
-def send_all(args: argparse.Namespace, url: str, interrupt: Callable) -> bool:
-    """Send what interrupt() makes of all requests, compare, and tell whether all is right."""
-    sent: dict[str, list[dict]] = defaultdict(list)  # messages by channel, without copies
-    total = round(args.max_messages * (1 + args.duplicates))  # about, with the copies
-    sender = Sender(url, args.concurrency_level, args.message_delay)
-    held = {}
-    with suppress(*FAILURES):  # the service may not run yet
-        held = read_rockets(url)
-    flight = islice(fly(args.seed), args.max_messages)
-    last = Counter(message["metadata"]["channel"] for message in flight)
-    there = last.keys() & held.keys()
-    is_overtaken = any(held[channel]["lastMessageNumber"] > last[channel] for channel in there)
-    if is_overtaken:
-        say(f"the service holds later messages of seed {args.seed} than this run sends")
+def run_demo(args: argparse.Namespace) -> bool:
     began = time.perf_counter()
-    try:
-        sender.run(interrupt(requests(args, url, sent), total), progress(sender, total))
-    finally:  # after Ctrl-C as well
-        summarize(sender, time.perf_counter() - began)
-    if is_overtaken:
-        say("not compared: start the service with --reset, or take another --seed")
-        return False
-    return verify(url, sent, held)
-
-
-def summarize(sender: Sender, took: float) -> None:
-    done, retries = sender.done, sender.retries
-    line = f"{done:,} messages in {took:,.1f} s, {done / took:,.0f} a second, "
-    say(f"{line}{sender.duplicates:,} duplicates, {retries.total():,} retries")
-    for reason, times in retries.items():
-        say(f"  {times:,} after: {reason}")
-
-
-def verify(url: str, sent: dict[str, list[dict]], held: dict[str, dict]) -> bool:
-    """Say where the service differs from what the messages add up to."""
-    rockets = {channel: fold(messages) for channel, messages in sent.items()}
-    for channel in rockets.keys() & held.keys():  # their times are of an earlier run
-        del rockets[channel]["launchedAt"], rockets[channel]["updatedAt"]
-    differences = list(compare(rockets, read_rockets(url)))
-    for line in differences:
-        say(line)
-    say(f"{len(rockets)} rockets, {len(differences):,} differences")
-    return not differences
+    with tempfile.TemporaryDirectory(prefix="launch-") as folder:
+        running = Service(Path(folder) / "rockets.db")
+        try:
+            is_right = Run(args, f"{running.url}/messages", running.restart).send()
+        finally:
+            running.kill()
+    say(f"the demo took {time.perf_counter() - began:.1f} s")
+    return is_right
 
 
 def seconds(text: str) -> float:
     """Read a duration such as 500ms, 1.5s or 0."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)(ms|s|m)", "0s" if text == "0" else text)
-    if not match:
-        raise argparse.ArgumentTypeError(f"{text!r} is no duration such as 500ms, 1s or 0")
-    return float(match[1]) * {"ms": 0.001, "s": 1, "m": 60}[match[2]]
-
-
-OPTIONS = (
-    ("--message-delay", "TIME", seconds, "0", "pause between messages, such as 500ms"),
-    ("--concurrency-level", "N", int, 3, "messages on their way at a time"),
-    ("--max-messages", "N", int, 100_000, "messages to send, copies not counted"),
-    ("--seed", "N", int, 444, "the same one gives the same messages"),
-    ("--duplicates", "SHARE", float, 0, "share of the messages to send twice, 0 to 1"),
-    ("--reorder", "PLACES", int, 0, "send each message up to so many places late"),
-)
+    if text.endswith("ms"):
+        return float(text[:-2]) / 1000
+    return float(text.removesuffix("s"))
 
 
 def read_arguments(words: list[str]) -> argparse.Namespace:
@@ -405,45 +335,31 @@ def read_arguments(words: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], formatter_class=style)
     option = parser.add_argument
     option("url", nargs="?", help="where to post, such as http://localhost:8088/messages")
-    for name, metavar, read, default, text in OPTIONS:
-        option(name, metavar=metavar, type=read, default=default, help=text)
+    option("--message-delay", type=seconds, default="0", help="pause, such as 500ms")
+    option("--concurrency-level", type=int, default=3, help="messages on their way at a time")
+    option("--max-messages", type=int, default=100_000, help="to send, copies not counted")
+    option("--seed", type=int, default=444, help="the same one gives the same messages")
+    option("--duplicates", type=float, default=0, help="share of the messages to send twice")
+    option("--reorder", type=int, default=0, help="places that a message is late at most")
     option("--demo", action="store_true", help="start a service, and kill it while messages come")
     if "--demo" in words:
         parser.set_defaults(**DEMO)
     args = parser.parse_args(words[1:] if words[:1] == ["launch"] else words)
     if not args.demo and urlsplit(args.url or "").scheme != "http":
         parser.error("a URL is needed, such as http://localhost:8088/messages")
-    if min(args.concurrency_level, args.max_messages) < 1 or args.reorder < 0:
-        parser.error("N must be at least 1, and PLACES at least 0")
     return args
-
-
-def run_demo(args: argparse.Namespace) -> bool:
-    """Kill a service with a database of its own while it is sent all messages."""
-    began = time.perf_counter()
-    with tempfile.TemporaryDirectory(prefix="launch-") as folder, ExitStack() as stack:
-        database = Path(folder) / "rockets.db"
-        process, url = start(*service(database))
-        stack.callback(stop, process)
-        again = service(database, urlsplit(url).port)
-        is_right = send_all(args, f"{url}/messages", partial(with_kills, process, again, stack))
-    say(f"the demo took {time.perf_counter() - began:.1f} s")
-    return is_right
 
 
 def main() -> None:
     args = read_arguments(sys.argv[1:])
-    if args.demo:
-        is_right = run_demo(args)
-    else:
-        is_right = send_all(args, args.url, lambda contents, _: contents)
-    sys.exit(0 if is_right else 1)
+    try:
+        is_right = run_demo(args) if args.demo else Run(args, args.url).send()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except OSError as error:
+        sys.exit(f"launch: {error}")
+    sys.exit(not is_right)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except FAILURES as error:
-        sys.exit(f"launch: {error}")
+    main()
