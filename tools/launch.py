@@ -74,11 +74,11 @@ def fly(seed: int, fleet: int = 20) -> Iterator[dict]:
 
 
 def disorder(messages: Iterable, seed: int, reorder: int, duplicates: float) -> Iterator:
-    """Yield messages at most so many places late, mostly a few, and a share of them twice."""
+    """Yield messages at most so many places late, and a share of them twice."""
     dice = random.Random(f"order {seed}")
     waiting: list[tuple] = []  # a heap of (place at which it is due, original place, message)
     for place, message in enumerate(messages):
-        due = place + reorder * dice.random() ** 8  # half of them by less than reorder / 250
+        due = place + dice.randint(0, reorder)
         heappush(waiting, (due, place, message))
         if dice.random() < duplicates:
             heappush(waiting, (due + dice.randint(1, COPY_LATE), place, message))

@@ -95,11 +95,11 @@ def test_launch_flies_as_the_test_program_does():
     assert (len(flown), len(gone)) == (20, 6)
 
 
-def test_most_messages_are_a_little_late_and_a_few_far():
+def test_messages_are_late_by_any_number_of_places_up_to_the_one_given():
     places = list(launch.disorder(range(10_000), seed=1, reorder=300, duplicates=0))
     assert sorted(places) == list(range(10_000))
     late = [arrival - place for arrival, place in enumerate(places)]
-    assert median(map(abs, late)) < 40 < 200 < max(late) <= 300
+    assert 50 < median(map(abs, late)) < 100 < max(late) <= 300
 
 
 LIFE = [
