@@ -9,8 +9,6 @@ which launch, mission and explosion stand. A table of all messages, written in t
 keeps a redelivery from counting again. `python rockets.py --help` tells how to run it.
 """
 
-from __future__ import annotations
-
 import argparse
 import errno
 import json
