@@ -314,8 +314,6 @@ PRAGMAS = (
     "checkpoint_fullfsync = ON",
     "journal_size_limit = 16777216",  # bytes that the WAL keeps after it was longer
 )
-LOCK_WAIT = "PRAGMA busy_timeout = 50"  # ms to wait for another program, such as a backup
-NO_WAIT = "PRAGMA busy_timeout = 0"
 RESTORE = "if a backup was copied over it, delete its -wal and copy the backup again"
 
 
@@ -383,7 +381,7 @@ class Store:
             self.prepare()
         except (Unavailable, sqlite3.Error, OSError) as error:
             raise OSError(f"cannot use {path} as the database: {error}") from error
-        self.execute(LOCK_WAIT)
+        self.execute("PRAGMA busy_timeout = 0")  # another program's lock holds up nobody
         self.opened_at = time.time()
         self.files = {name: inode(name) for name in (path, f"{path}-wal", f"{path}-shm")}
         self.looked_at = time.monotonic()
@@ -441,8 +439,6 @@ class Store:
         except sqlite3.OperationalError as error:
             if error.sqlite_errorcode == sqlite3.SQLITE_ERROR:  # a mistake in the SQL
                 raise
-            if error.sqlite_errorcode == sqlite3.SQLITE_BUSY:
-                self.connection.execute(NO_WAIT)  # a lock that stays holds up nobody else
             raise Unavailable(str(error)) from error
 
     @contextmanager
@@ -462,7 +458,6 @@ class Store:
             self.is_in_transaction = False
         if self.connection.total_changes > changes:
             self.commits += 1
-            self.execute(LOCK_WAIT)
         for callback, *arguments in self.callbacks:
             callback(*arguments)
 
