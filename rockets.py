@@ -349,19 +349,6 @@ def inode(path: str) -> int:
         return 0
 
 
-def connect(path: str) -> sqlite3.Connection:
-    """Open a database file, or make one that is marked as ours."""
-    connection = sqlite3.connect(path, isolation_level=None)
-    connection.create_function("contains", -1, contains)
-    for pragma in PRAGMAS:
-        connection.execute(f"PRAGMA {pragma}")
-    ((version,),) = connection.execute("PRAGMA user_version")
-    if version == 0:  # a new file gets the mark while it has no WAL, so inspect() finds it
-        connection.execute(f"PRAGMA user_version = {OURS}")
-    connection.execute("PRAGMA journal_mode = WAL")  # others may read meanwhile
-    return connection
-
-
 class Store:
     """The messages and the rockets in one SQLite file, for the thread that opened it.
 
@@ -376,7 +363,7 @@ class Store:
         self.commits = 0
         try:
             inspect(path)
-            self.connection = connect(path)
+            self.connection = sqlite3.connect(path, isolation_level=None)
             self.close = self.connection.close  # SQLite then moves its WAL into the file
             self.prepare()
         except (Unavailable, sqlite3.Error, OSError) as error:
@@ -387,10 +374,16 @@ class Store:
         self.looked_at = time.monotonic()
 
     def prepare(self) -> None:
-        """Make the tables if they are not there. Raise OSError if this version cannot use them."""
+        """Set the connection up, and make the tables if need be. Raise OSError if that fails."""
+        self.connection.create_function("contains", -1, contains)
+        for pragma in PRAGMAS:
+            self.execute(f"PRAGMA {pragma}")
         ((version,),) = self.execute("PRAGMA user_version")
         if version > SCHEMA_VERSION:
             raise OSError("a later version of this program wrote it")
+        if version == 0:  # a new file gets the mark while it has no WAL, so inspect() finds it
+            self.execute(f"PRAGMA user_version = {OURS}")
+        self.execute("PRAGMA journal_mode = WAL")  # others may read meanwhile
         if version < SCHEMA_VERSION:
             with self.transaction():
                 self.rebuild(version)
