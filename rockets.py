@@ -395,27 +395,25 @@ class Store:
             raise OSError(f"its rockets do not count all of its messages; {RESTORE}")
 
     def rebuild(self, version: int) -> None:
-        """Make the rockets anew from the messages, whose table is of the given version."""
+        """Make the rockets anew from the messages, whose table is of the given version.
+
+        The messages kept the rules of their day. Those of today do not matter.
+        """
         self.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")  # first, as it takes the lock
         if OURS < version < OURS + 5:  # then these columns had other names
             for old in ("number", "time", "type"):
-                new = f"message{old.title()}"
-                self.execute(f"ALTER TABLE messages RENAME COLUMN {old} TO {new}")
+                self.execute(f"ALTER TABLE messages RENAME COLUMN {old} TO message{old.title()}")
         self.execute(CREATE_MESSAGES)
         self.execute("DROP TABLE IF EXISTS rockets")
         self.execute(CREATE_ROCKETS)
         ((count,),) = self.execute("SELECT count(*) FROM messages")
         if count:
             log.warning("making the rockets from %d messages", count)
-            self.connection.executemany(UPSERT, self.stored())
+            for *metadata, message in self.connection.execute("SELECT * FROM messages"):
+                row, content = dict(zip(METADATA, metadata)), json.loads(message)
+                fields = {field: content[field] for field in MESSAGE_TYPES[row["messageType"]]}
+                self.execute(UPSERT, NO_FIELDS | fields | row)
             log.warning("made the rockets from %d messages", count)
-
-    def stored(self) -> Iterator[dict]:
-        """Yield the parameters of UPSERT for each message. Today's limits do not matter."""
-        for *metadata, message in self.connection.execute("SELECT * FROM messages"):
-            content, row = json.loads(message), dict(zip(METADATA, metadata))
-            fields = {field: content[field] for field in MESSAGE_TYPES[row["messageType"]]}
-            yield NO_FIELDS | fields | row
 
     def reset(self) -> None:
         """Forget all messages and rockets, and give their room back to the disk."""
