@@ -388,11 +388,10 @@ class Store:
             with self.transaction():
                 self.rebuild(version)
         try:
-            ((agree,),) = self.execute(SUMS_AGREE)
-        except sqlite3.DatabaseError as error:  # it is damaged
+            if self.execute(SUMS_AGREE) != [(True,)]:
+                raise sqlite3.DatabaseError("its rockets do not count all of its messages")
+        except sqlite3.DatabaseError as error:  # also: it is damaged
             raise OSError(f"{error}; {RESTORE}") from error
-        if not agree:
-            raise OSError(f"its rockets do not count all of its messages; {RESTORE}")
 
     def rebuild(self, version: int) -> None:
         """Make the rockets anew from the messages, whose table is of the given version.
