@@ -343,10 +343,7 @@ def inspect(path: str) -> None:
 
 def inode(path: str) -> int:
     """Return the number of a file, which stays while the file is open. 0: there is no file."""
-    try:
-        return os.stat(path).st_ino
-    except OSError:
-        return 0
+    return os.stat(path).st_ino if os.path.exists(path) else 0
 
 
 class Store:
