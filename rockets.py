@@ -168,6 +168,7 @@ ORDER BY count(*) DESC, %(field)s LIMIT 100"""
 
 # Messages #########################################################################################
 
+MAX_BODY = 16 * 1024  # bytes; a real message has about 300, a larger body gets a 413
 MAX_NAME = 256  # characters
 MAX_SPEED = 2**31 - 1
 RFC_3339 = re.compile(
@@ -285,8 +286,10 @@ encode = json.JSONEncoder(
 def parse_message(body: bytes) -> dict:
     """Turn the body of a POST into the parameters of UPSERT_IF_NEW and INSERT_MESSAGE.
 
-    Raise HTTPError(400) that names the field and the rule it breaks.
+    Raise HTTPError(400) that names the field and the rule it breaks, or HTTPError(413).
     """
+    if len(body) > MAX_BODY:
+        raise HTTPError(413, f"the body must be at most {MAX_BODY} bytes long")
     try:
         sent = read_fields({"body": decode(body.decode())}, {"body": an_object}, "the ")
         parts = read_fields(sent["body"], ENVELOPE)
@@ -498,7 +501,6 @@ HEADERS = {
     "Cache-Control": "no-cache",  # ask again each time, with If-None-Match
     "X-Content-Type-Options": "nosniff",  # keeps browsers from taking JSON for a page
 }
-MAX_BODY = 16 * 1024  # bytes; a real message has about 300, a larger body gets a 413
 OUTCOMES = ("applied", "duplicate", "conflicting", "rejected", "failed")  # of a message
 CONFLICT = "message {messageNumber} of {channel} is known; ignored: {messageType} {message!a:.100}"
 UNKNOWN = "no message has come on this channel"
@@ -551,17 +553,6 @@ def link_to_next(given: dict, **changed: int) -> None:
     response.headers["Link"] = f'<?{urlencode(given | changed)}>; rel="next"'
 
 
-def read_message() -> dict:
-    """Return the message that is posted. Raise HTTPError for one that must not be stored."""
-    origin = request.get_header("Origin")  # browsers tell it with each POST
-    if origin and origin.partition("://")[2] != request.get_header("Host"):
-        raise HTTPError(403, "a page of another site must not post messages")
-    body = request.body.read(MAX_BODY + 1)
-    if len(body) > MAX_BODY:
-        raise HTTPError(413, f"the body must be at most {MAX_BODY} bytes long")
-    return parse_message(body)
-
-
 def get_file(path: str) -> HTTPResponse:
     kind = CONTENT_TYPES.get(Path(path).suffix, "application/octet-stream")
     return static_file(path, STATIC, mimetype=kind, etag=False, headers=headers_of(kind))
@@ -591,7 +582,10 @@ class Api:
     def post_message(self) -> HTTPResponse:
         began, client, why = time.perf_counter(), request.environ["REMOTE_ADDR"], ""
         try:
-            message = read_message()
+            origin = request.get_header("Origin")  # browsers tell it with each POST
+            if origin and origin.partition("://")[2] != request.get_header("Host"):
+                raise HTTPError(403, "a page of another site must not post messages")
+            message = parse_message(request.body.read(MAX_BODY + 1))
             outcome = self.store.apply(message)
         except HTTPError as error:
             outcome = "failed" if isinstance(error, Unavailable) else "rejected"
