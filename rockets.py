@@ -796,7 +796,7 @@ class Server:
     message reaches 0.76, 0.45 and 0.19 of the rate with 1, 3 and 20 senders.
 
     waitress polls, accepts, parses and sends. Three things of it are replaced: its threads by
-    add_task(), as there is one writer; its tasks by Answer, as an answer waits for the commit; its
+    turn(), as there is one writer; its tasks by Answer, as an answer waits for the commit; its
     sweep by close_silent(), as waitress's spares who never reads.
     """
 
@@ -807,13 +807,9 @@ class Server:
         create_server(app, map=self.map, sockets=sockets, **WAITRESS)
         self.listeners = [each for each in self.map.values() if each.accepting]
         for listener in self.listeners:
-            listener.channel_class, listener.task_dispatcher = Connection, self
+            listener.channel_class, listener.add_task = Connection, self.arrived.append
             listener.trigger.close()  # there is no other thread to wake
             listener.pull_trigger = lambda: None
-
-    def add_task(self, connection: Connection) -> None:
-        """Take a connection with a whole request. waitress calls this."""
-        self.arrived.append(connection)
 
     def stop(self, *_: Any) -> None:
         """End run() after the requests that are under way. This is a signal handler."""
@@ -834,7 +830,7 @@ class Server:
         """Receive what comes, and answer what is ready, up to MAX_TURN requests."""
         self.receive(0 if any(each.is_ready() for each in self.arrived) else IDLE)
         ready = [each for each in self.arrived if each.is_ready()][:MAX_TURN]
-        self.arrived = [each for each in self.arrived if each not in ready]
+        self.arrived[:] = [each for each in self.arrived if each not in ready]
         if not ready:
             return
         try:
