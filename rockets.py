@@ -171,61 +171,57 @@ ORDER BY count(*) DESC, %(field)s LIMIT 100"""
 MAX_BODY = 16 * 1024  # bytes; a real message has about 300, a larger body gets a 413
 MAX_NAME = 256  # characters
 MAX_SPEED = 2**31 - 1
-RFC_3339 = re.compile(
-    r"[0-9]{4}-[0-9]{2}-[0-9]{2}[Tt]([01][0-9]|2[0-3]):[0-9]{2}:[0-9]{2}(\.[0-9]+)?"
-    r"([Zz]|[+-](0[0-9]|1[0-3]):[0-5][0-9]|[+-]14:00)"
-)
+DATE_AND_TIME = r"\d{4}-\d\d-\d\dT([01]\d|2[0-3]):\d\d:\d\d(\.\d+)?"
+OFFSET = r"(Z|[+-](0\d|1[0-3]):[0-5]\d|[+-]14:00)"
 TIME_WORDS = "an RFC 3339 time with an offset up to 14:00, such as 2022-02-02T19:39:05+01:00"
 
-# A rule returns what is kept of a value, or raises ValueError with what the value must be.
+# A rule says in words what a value must be, and has a function that returns what is kept of the
+# value or raises ValueError.
+Rule = tuple[str, Callable]
 
 
-def whole(lowest: int, highest: int) -> Callable:
-    def rule(value: Any) -> int:
+def whole(lowest: int, highest: int) -> Rule:
+    def keep(value: Any) -> int:
         is_whole = type(value) is int or (type(value) is float and value.is_integer())  # no bool
         if not is_whole or not lowest <= value <= highest:
-            raise ValueError(f"a whole number from {lowest} to {highest}")
+            raise ValueError
         return int(value)
 
-    return rule
+    return f"a whole number from {lowest} to {highest}", keep
 
 
-def text(words: str, pattern: str, keep: Callable[[str], str] = str) -> Callable:
+def text(words: str, pattern: str, convert: Callable[[str], Any] = str) -> Rule:
     fullmatch = re.compile(pattern).fullmatch
 
-    def rule(value: Any) -> str:
+    def keep(value: Any) -> Any:
         if type(value) is not str or not fullmatch(value):
-            raise ValueError(words)
-        return keep(value)
+            raise ValueError
+        return convert(value)
 
-    return rule
+    return words, keep
 
 
-def one_of(choices: Iterable[str]) -> Callable:
+def one_of(choices: Iterable[str]) -> Rule:
     return text(f"one of {', '.join(choices)}", "|".join(choices))
 
 
-def digits(lowest: int, highest: int) -> Callable:
-    in_range = whole(lowest, highest)
-    return lambda text: in_range(int(text) if re.fullmatch("[0-9]{1,16}", text) else text)
+def digits(lowest: int, highest: int) -> Rule:
+    words, keep = whole(lowest, highest)
+    return text(words, "[0-9]{1,16}", lambda value: keep(int(value)))
 
 
-def a_time(value: Any) -> str:
-    try:
-        if type(value) is str and RFC_3339.fullmatch(value):
-            datetime.fromisoformat(value.upper())  # raises ValueError for a 30th of February
-            return value.upper()
-    except ValueError:
-        pass
-    raise ValueError(TIME_WORDS)
+def keep_time(value: str) -> str:
+    datetime.fromisoformat(value.upper())  # raises ValueError for a 30th of February
+    return value.upper()
 
 
-def an_object(value: Any) -> dict:
+def keep_object(value: Any) -> dict:
     if type(value) is not dict:
-        raise ValueError("an object")
+        raise ValueError
     return value
 
 
+OBJECT = ("an object", keep_object)
 NAME_WORDS = f"a text of 1 to {MAX_NAME} characters, no NUL, no lone surrogate"
 NAME = text(NAME_WORDS, rf"[^\0\ud800-\udfff]{{1,{MAX_NAME}}}")
 UUID = text("a UUID", "[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}", str.lower)
@@ -239,11 +235,11 @@ MESSAGE_TYPES = {
 }
 # The upsert has a parameter for each field of each type. Those of other types are None.
 NO_FIELDS = dict.fromkeys(field for fields in MESSAGE_TYPES.values() for field in fields)
-ENVELOPE = {"metadata": an_object, "message": an_object}
+ENVELOPE = {"metadata": OBJECT, "message": OBJECT}
 CHANNEL = {"channel": UUID}
 METADATA = CHANNEL | {
     "messageNumber": whole(1, MAX_NUMBER),
-    "messageTime": a_time,
+    "messageTime": text(TIME_WORDS, f"(?ai){DATE_AND_TIME}{OFFSET}", keep_time),
     "messageType": one_of(MESSAGE_TYPES),
 }
 
@@ -256,8 +252,8 @@ LIST_RULES = PAGE_RULES | {
     "sort": one_of(SORT_KEYS),
     "offset": digits(0, MAX_NUMBER),
     "status": one_of(STATUSES),
-    "type": str,
-    "mission": str,
+    "type": ("a text", str),
+    "mission": ("a text", str),
     "q": text(SEARCH_WORDS, rf"(?s).{{0,{MAX_SEARCH}}}", str.casefold),
 }
 LIST_DEFAULTS = dict.fromkeys(LIST_RULES) | PAGE_DEFAULTS | {"sort": "channel", "offset": 0}
@@ -265,15 +261,15 @@ HISTORY_RULES = PAGE_RULES | {"after": digits(0, MAX_NUMBER), "before": digits(1
 HISTORY_DEFAULTS = PAGE_DEFAULTS | {"after": 0, "before": MAX_NUMBER + 1}
 
 
-def read_fields(holder: dict, rules: dict[str, Callable], where: str = "") -> dict:
+def read_fields(holder: dict, rules: dict[str, Rule], where: str = "") -> dict:
     """Return what the rules keep of the fields they name. Raise HTTPError(400) for a bad one."""
     kept = {}
-    for field, rule in rules.items():
+    for field, (words, keep) in rules.items():
         try:
-            kept[field] = rule(holder.get(field))
-        except ValueError as error:
+            kept[field] = keep(holder.get(field))
+        except ValueError:
             got = json.dumps(holder[field])[:100] if field in holder else "nothing"
-            raise HTTPError(400, f"{where}{field} must be {error}, got {got}") from None
+            raise HTTPError(400, f"{where}{field} must be {words}, got {got}") from None
     return kept
 
 
@@ -291,7 +287,7 @@ def parse_message(body: bytes) -> dict:
     if len(body) > MAX_BODY:
         raise HTTPError(413, f"the body must be at most {MAX_BODY} bytes long")
     try:
-        sent = read_fields({"body": decode(body.decode())}, {"body": an_object}, "the ")
+        sent = read_fields({"body": decode(body.decode())}, {"body": OBJECT}, "the ")
         parts = read_fields(sent["body"], ENVELOPE)
         metadata = read_fields(parts["metadata"], METADATA, "metadata.")
         rules = MESSAGE_TYPES[metadata["messageType"]]
@@ -532,7 +528,7 @@ def problem(error: HTTPError) -> str:
     return render(error.status_code, detail)
 
 
-def read_query(rules: dict[str, Callable]) -> dict:
+def read_query(rules: dict[str, Rule]) -> dict:
     """Return the parameters of the query. Raise HTTPError(400) for a bad or unknown one."""
     pairs = parse_qsl(request.query_string, keep_blank_values=True)
     given = dict(pairs)
