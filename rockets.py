@@ -313,7 +313,7 @@ PRAGMAS = (
     "checkpoint_fullfsync = ON",
     "journal_size_limit = 16777216",  # bytes that the WAL keeps after it was longer
 )
-RESTORE = "if a backup was copied over it, delete its -wal and copy the backup again"
+RESTORE = "; if a backup was copied over it, delete its -wal and copy the backup again"
 
 
 class Unavailable(HTTPError):
@@ -363,7 +363,8 @@ class Store:
             self.close = self.connection.close  # SQLite then moves its WAL into the file
             self.prepare()
         except (Unavailable, sqlite3.Error, OSError) as error:
-            raise OSError(f"cannot use {path} as the database: {error}") from error
+            hint = RESTORE if type(error) is sqlite3.DatabaseError else ""  # if it is damaged
+            raise OSError(f"cannot use {path} as the database: {error}{hint}") from error
         self.execute("PRAGMA busy_timeout = 0")  # another program's lock holds up nobody
         self.opened_at = time.time()
         self.files = {name: inode(name) for name in (path, f"{path}-wal", f"{path}-shm")}
@@ -383,11 +384,8 @@ class Store:
         if version < SCHEMA_VERSION:
             with self.transaction():
                 self.rebuild(version)
-        try:
-            if self.execute(SUMS_AGREE) != [(True,)]:
-                raise sqlite3.DatabaseError("its rockets do not count all of its messages")
-        except sqlite3.DatabaseError as error:  # also: it is damaged
-            raise OSError(f"{error}; {RESTORE}") from error
+        if self.execute(SUMS_AGREE) != [(True,)]:
+            raise sqlite3.DatabaseError("its rockets do not count all of its messages")
 
     def rebuild(self, version: int) -> None:
         """Make the rockets anew from the messages, whose table is of the given version.
