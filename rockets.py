@@ -497,6 +497,7 @@ HEADERS = {
 }
 OUTCOMES = ("applied", "duplicate", "conflicting", "rejected", "failed")  # of a message
 CONFLICT = "message {messageNumber} of {channel} is known; ignored: {messageType} {message!a:.100}"
+NEXT = '<?{}>; rel="next"'  # RFC 8288, relative to the address that was asked for
 UNKNOWN = "no message has come on this channel"
 
 
@@ -536,11 +537,6 @@ def read_query(rules: dict[str, Rule]) -> dict:
         known = ", ".join(rules) or "no parameters"
         raise HTTPError(400, f"the parameter {name[:100]!a} is unknown; this address has {known}")
     return read_fields(given, {name: rules[name] for name in given})
-
-
-def link_to_next(given: dict, **changed: int) -> None:
-    """Say where the list goes on (RFC 8288), relative to the address that was asked for."""
-    response.headers["Link"] = f'<?{urlencode(given | changed)}>; rel="next"'
 
 
 def get_file(path: str) -> HTTPResponse:
@@ -605,7 +601,7 @@ class Api:
         ((total,),) = self.store.execute(COUNT_MATCHING, query)
         end = query["offset"] + len(rockets)
         if rockets and end < total:
-            link_to_next(given, offset=end)
+            response.headers["Link"] = NEXT.format(urlencode(given | {"offset": end}))
         members = {"count": len(rockets), "total": total, "sort": sort, "order": order}
         return with_array(members, "rockets", rockets)
 
@@ -629,7 +625,7 @@ class Api:
         page = rows[: query["limit"]]
         if len(rows) > len(page):
             edge = "after" if query["order"] == "asc" else "before"
-            link_to_next(given, **{edge: page[-1][0]})
+            response.headers["Link"] = NEXT.format(urlencode(given | {edge: page[-1][0]}))
         members = key | {"count": len(page), "total": totals[0][0], "order": query["order"]}
         return with_array(members, "messages", [message for _, message in page])
 
