@@ -224,7 +224,6 @@ def keep_object(value: Any) -> dict:
 OBJECT = ("an object", keep_object)
 NAME_WORDS = f"a text of 1 to {MAX_NAME} characters, no NUL, no lone surrogate"
 NAME = text(NAME_WORDS, rf"[^\0\ud800-\udfff]{{1,{MAX_NAME}}}")
-UUID = text("a UUID", "[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}", str.lower)
 SPEED = whole(0, MAX_SPEED)
 MESSAGE_TYPES = {
     "RocketLaunched": {"type": NAME, "launchSpeed": SPEED, "mission": NAME},
@@ -236,7 +235,7 @@ MESSAGE_TYPES = {
 # The upsert has a parameter for each field of each type. Those of other types are None.
 NO_FIELDS = dict.fromkeys(field for fields in MESSAGE_TYPES.values() for field in fields)
 ENVELOPE = {"metadata": OBJECT, "message": OBJECT}
-CHANNEL = {"channel": UUID}
+CHANNEL = {"channel": text("a UUID", "(?i)[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", str.lower)}
 METADATA = CHANNEL | {
     "messageNumber": whole(1, MAX_NUMBER),
     "messageTime": text(TIME_WORDS, f"(?ai){DATE_AND_TIME}{OFFSET}", keep_time),
@@ -490,7 +489,6 @@ JSON = "application/json"
 # Python's own table depends on the system, which may call a script plain text.
 CONTENT_TYPES = {".css": "text/css", ".html": "text/html", ".js": "text/javascript", ".json": JSON}
 PROBLEM = "application/problem+json"
-METRICS = "text/plain; version=0.0.4; charset=utf-8"
 HEADERS = {
     "Cache-Control": "no-cache",  # ask again each time, with If-None-Match
     "X-Content-Type-Options": "nosniff",  # keeps browsers from taking JSON for a page
@@ -654,7 +652,7 @@ class Api:
 
     def get_metrics(self) -> str:
         read_query({})
-        response.headers.update(headers_of(METRICS))
+        response.headers.update(headers_of("text/plain; version=0.0.4; charset=utf-8"))
         posts = sum(self.outcomes.values())
         return self.metrics.format(api=self, posts=posts, version=VERSION, **self.count_fleet())
 
@@ -681,7 +679,6 @@ def create_app(store: Store) -> Bottle:
 
 MAX_CONNECTIONS = 200  # at a time; macOS allows a process 256 open files
 MAX_TURN = 32  # requests that are answered together
-MAX_BLANKS = 64  # in a row in a header; waitress takes quadratic time for them
 SILENCE = 30  # seconds after which a connection that neither sends nor reads is closed
 IDLE = 0.2  # seconds until a signal to stop is noticed while nothing comes
 GRACE_PERIOD = 4  # seconds after a signal to stop in which requests under way are answered
@@ -695,7 +692,7 @@ WAITRESS = {
     "outbuf_overflow": sys.maxsize,  # bytes; no temporary files, as the disk may be full
     "outbuf_high_watermark": sys.maxsize,  # bytes; nothing waits for a client to read
 }
-BLANKS = re.compile(rb"[ \t]{%d}" % MAX_BLANKS)
+BLANKS = re.compile(rb"[ \t]{64}")  # in a row; waitress takes quadratic time for them
 CODINGS = re.compile(rb"(?im)^transfer-encoding:(.*)")
 
 
@@ -714,7 +711,7 @@ class Request(HTTPRequestParser):
     def parse_header(self, header_plus: bytes) -> None:
         """Parse the first line and the headers. Raise ParsingError for a 400."""
         if BLANKS.search(header_plus):
-            raise ParsingError(f"a header must have less than {MAX_BLANKS} blanks in a row")
+            raise ParsingError("a header must have less than 64 blanks in a row")
         try:
             super().parse_header(header_plus)
         except (ValueError, TransferEncodingNotImplemented) as error:  # ValueError: of an address
@@ -722,10 +719,10 @@ class Request(HTTPRequestParser):
         codings = [coding.strip(b" \t\r").lower() for coding in CODINGS.findall(header_plus)]
         is_alone = self.version == "1.1" and "CONTENT_LENGTH" not in self.headers
         if codings and not (codings == [b"chunked"] and is_alone):
-            raise ParsingError("Transfer-Encoding must be chunked, alone, in HTTP/1.1 (section 6.1)")
+            raise ParsingError("Transfer-Encoding must be chunked, alone, in HTTP/1.1")
         host = self.headers.get("HOST", "," if self.version == "1.1" else "")
         if "," in host:  # waitress joins repeated headers with a comma
-            raise ParsingError("there must be exactly one Host (section 3.2)")
+            raise ParsingError("there must be exactly one Host")
 
 
 class Answer(Task):
