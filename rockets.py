@@ -493,7 +493,6 @@ HEADERS = {
     "Cache-Control": "no-cache",  # ask again each time, with If-None-Match
     "X-Content-Type-Options": "nosniff",  # keeps browsers from taking JSON for a page
 }
-OUTCOMES = ("applied", "duplicate", "conflicting", "rejected", "failed")  # of a message
 CONFLICT = "message {messageNumber} of {channel} is known; ignored: {messageType} {message!a:.100}"
 NEXT = '<?{}>; rel="next"'  # RFC 8288, relative to the address that was asked for
 UNKNOWN = "no message has come on this channel"
@@ -548,7 +547,7 @@ class Api:
     def __init__(self, store: Store):
         self.store = store
         self.started_at = time.time()
-        self.outcomes = dict.fromkeys(OUTCOMES, 0)
+        self.outcomes = {"applied": 0, "duplicate": 0, "conflicting": 0, "rejected": 0, "failed": 0}
         self.seconds = 0.0  # that POSTs took, with their commits
         self.is_failing = False  # whether the last message that had to be stored was not
         headers = HEADERS | {"Content-Type": JSON}
