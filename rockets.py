@@ -377,12 +377,11 @@ class Store:
         ((version,),) = self.execute("PRAGMA user_version")
         if version > SCHEMA_VERSION:
             raise OSError("a later version of this program wrote it")
-        if version == 0:  # a new file gets the mark while it has no WAL, so inspect() finds it
-            self.execute(f"PRAGMA user_version = {OURS}")
-        self.execute("PRAGMA journal_mode = WAL")  # others may read meanwhile
         if version < SCHEMA_VERSION:
             with self.transaction():
                 self.rebuild(version)
+        # From here on, others may read meanwhile. inspect() needs the mark in the file itself.
+        self.execute("PRAGMA journal_mode = WAL")
         if self.execute(SUMS_AGREE) != [(True,)]:
             raise sqlite3.DatabaseError("its rockets do not count all of its messages")
 
