@@ -309,7 +309,6 @@ PRAGMAS = (
     "secure_delete = OFF",  # a reset writes no zeros, for which there might be no room
     "synchronous = FULL",  # NORMAL may lose the last commits in a power cut
     "fullfsync = ON",  # on macOS, empty the drive's cache, too
-    "checkpoint_fullfsync = ON",
     "journal_size_limit = 16777216",  # bytes that the WAL keeps after it was longer
 )
 RESTORE = "; if a backup was copied over it, delete its -wal and copy the backup again"
