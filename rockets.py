@@ -487,10 +487,8 @@ JSON = "application/json"
 # Python's own table depends on the system, which may call a script plain text.
 CONTENT_TYPES = {".css": "text/css", ".html": "text/html", ".js": "text/javascript", ".json": JSON}
 PROBLEM = "application/problem+json"
-HEADERS = {
-    "Cache-Control": "no-cache",  # ask again each time, with If-None-Match
-    "X-Content-Type-Options": "nosniff",  # keeps browsers from taking JSON for a page
-}
+# no-cache: browsers ask each time, with If-None-Match. nosniff: they take no JSON for a page.
+HEADERS = {"Cache-Control": "no-cache", "X-Content-Type-Options": "nosniff"}
 CONFLICT = "message {messageNumber} of {channel} is known; ignored: {messageType} {message!a:.100}"
 NEXT = '<?{}>; rel="next"'  # RFC 8288, relative to the address that was asked for
 UNKNOWN = "no message has come on this channel"
