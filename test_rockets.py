@@ -648,7 +648,6 @@ BAD_PARAMETERS = {
     "/rockets?limit=" + "9" * 5000: f'limit {TO_1000} "{"9" * 99}',
     "/rockets?offset=-1": 'offset must be a whole number from 0 to 9007199254740991, got "-1"',
     "/rockets?q=" + "x" * 65: f'q must be a text of at most 64 characters, got "{"x" * 65}"',
-    "/rockets?limit=1&limit=2": "each parameter must come only once",
     f"{HISTORY}?limit=1001": f'limit {TO_1000} "1001"',
     f"{HISTORY}?after=x": 'after must be a whole number from 0 to 9007199254740991, got "x"',
     f"{HISTORY}?before=0": 'before must be a whole number from 1 to 9007199254740992, got "0"',
