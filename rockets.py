@@ -279,10 +279,7 @@ encode = json.JSONEncoder(
 
 
 def parse_message(body: bytes) -> dict:
-    """Turn the body of a POST into the parameters of UPSERT_IF_NEW and INSERT_MESSAGE.
-
-    Raise HTTPError(400) that names the field and the rule it breaks, or HTTPError(413).
-    """
+    """Return what UPSERT_IF_NEW takes for the body of a POST. Raise HTTPError(400 or 413)."""
     if len(body) > MAX_BODY:
         raise HTTPError(413, f"the body must be at most {MAX_BODY} bytes long")
     try:
@@ -385,10 +382,7 @@ class Store:
             raise sqlite3.DatabaseError("its rockets do not count all of its messages")
 
     def rebuild(self, version: int) -> None:
-        """Make the rockets anew from the messages, whose table is of the given version.
-
-        The messages kept the rules of their day. Those of today do not matter.
-        """
+        """Make the rockets anew from the messages of a version, whatever today's limits are."""
         self.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")  # first, as it takes the lock
         if OURS < version < OURS + 5:  # then these columns had other names
             for old in ("number", "time", "type"):
