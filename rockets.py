@@ -9,8 +9,6 @@ which launch, mission and explosion stand. A table of all messages, written in t
 keeps a redelivery from counting again. `python rockets.py --help` tells how to run it.
 """
 
-from __future__ import annotations
-
 import argparse
 import errno
 import json
@@ -170,66 +168,62 @@ ORDER BY count(*) DESC, %(field)s LIMIT 100"""
 
 # Messages #########################################################################################
 
+MAX_BODY = 16 * 1024  # bytes; a real message has about 300, a larger body gets a 413
 MAX_NAME = 256  # characters
 MAX_SPEED = 2**31 - 1
-RFC_3339 = re.compile(
-    r"[0-9]{4}-[0-9]{2}-[0-9]{2}[Tt]([01][0-9]|2[0-3]):[0-9]{2}:[0-9]{2}(\.[0-9]+)?"
-    r"([Zz]|[+-](0[0-9]|1[0-3]):[0-5][0-9]|[+-]14:00)"
-)
+DATE_AND_TIME = r"\d{4}-\d\d-\d\dT([01]\d|2[0-3]):\d\d:\d\d(\.\d+)?"
+OFFSET = r"(Z|[+-](0\d|1[0-3]):[0-5]\d|[+-]14:00)"
 TIME_WORDS = "an RFC 3339 time with an offset up to 14:00, such as 2022-02-02T19:39:05+01:00"
 
-# A rule returns what is kept of a value, or raises ValueError with what the value must be.
+# A rule says in words what a value must be, and has a function that returns what is kept of the
+# value or raises ValueError.
+Rule = tuple[str, Callable]
 
 
-def whole(lowest: int, highest: int) -> Callable:
-    def rule(value: Any) -> int:
+def whole(lowest: int, highest: int) -> Rule:
+    def keep(value: Any) -> int:
         is_whole = type(value) is int or (type(value) is float and value.is_integer())  # no bool
         if not is_whole or not lowest <= value <= highest:
-            raise ValueError(f"a whole number from {lowest} to {highest}")
+            raise ValueError
         return int(value)
 
-    return rule
+    return f"a whole number from {lowest} to {highest}", keep
 
 
-def text(words: str, pattern: str, keep: Callable[[str], str] = str) -> Callable:
+def text(words: str, pattern: str, convert: Callable[[str], Any] = str) -> Rule:
     fullmatch = re.compile(pattern).fullmatch
 
-    def rule(value: Any) -> str:
+    def keep(value: Any) -> Any:
         if type(value) is not str or not fullmatch(value):
-            raise ValueError(words)
-        return keep(value)
+            raise ValueError
+        return convert(value)
 
-    return rule
+    return words, keep
 
 
-def one_of(choices: Iterable[str]) -> Callable:
+def one_of(choices: Iterable[str]) -> Rule:
     return text(f"one of {', '.join(choices)}", "|".join(choices))
 
 
-def digits(lowest: int, highest: int) -> Callable:
-    in_range = whole(lowest, highest)
-    return lambda text: in_range(int(text) if re.fullmatch("[0-9]{1,16}", text) else text)
+def digits(lowest: int, highest: int) -> Rule:
+    words, keep = whole(lowest, highest)
+    return text(words, "[0-9]{1,16}", lambda value: keep(int(value)))
 
 
-def a_time(value: Any) -> str:
-    try:
-        if type(value) is str and RFC_3339.fullmatch(value):
-            datetime.fromisoformat(value.upper())  # raises ValueError for a 30th of February
-            return value.upper()
-    except ValueError:
-        pass
-    raise ValueError(TIME_WORDS)
+def keep_time(value: str) -> str:
+    datetime.fromisoformat(value.upper())  # raises ValueError for a 30th of February
+    return value.upper()
 
 
-def an_object(value: Any) -> dict:
+def keep_object(value: Any) -> dict:
     if type(value) is not dict:
-        raise ValueError("an object")
+        raise ValueError
     return value
 
 
+OBJECT = ("an object", keep_object)
 NAME_WORDS = f"a text of 1 to {MAX_NAME} characters, no NUL, no lone surrogate"
 NAME = text(NAME_WORDS, rf"[^\0\ud800-\udfff]{{1,{MAX_NAME}}}")
-UUID = text("a UUID", "[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}", str.lower)
 SPEED = whole(0, MAX_SPEED)
 MESSAGE_TYPES = {
     "RocketLaunched": {"type": NAME, "launchSpeed": SPEED, "mission": NAME},
@@ -240,11 +234,11 @@ MESSAGE_TYPES = {
 }
 # The upsert has a parameter for each field of each type. Those of other types are None.
 NO_FIELDS = dict.fromkeys(field for fields in MESSAGE_TYPES.values() for field in fields)
-ENVELOPE = {"metadata": an_object, "message": an_object}
-CHANNEL = {"channel": UUID}
+ENVELOPE = {"metadata": OBJECT, "message": OBJECT}
+CHANNEL = {"channel": text("a UUID", "(?i)[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", str.lower)}
 METADATA = CHANNEL | {
     "messageNumber": whole(1, MAX_NUMBER),
-    "messageTime": a_time,
+    "messageTime": text(TIME_WORDS, f"(?ai){DATE_AND_TIME}{OFFSET}", keep_time),
     "messageType": one_of(MESSAGE_TYPES),
 }
 
@@ -257,8 +251,8 @@ LIST_RULES = PAGE_RULES | {
     "sort": one_of(SORT_KEYS),
     "offset": digits(0, MAX_NUMBER),
     "status": one_of(STATUSES),
-    "type": str,
-    "mission": str,
+    "type": ("a text", str),
+    "mission": ("a text", str),
     "q": text(SEARCH_WORDS, rf"(?s).{{0,{MAX_SEARCH}}}", str.casefold),
 }
 LIST_DEFAULTS = dict.fromkeys(LIST_RULES) | PAGE_DEFAULTS | {"sort": "channel", "offset": 0}
@@ -266,15 +260,15 @@ HISTORY_RULES = PAGE_RULES | {"after": digits(0, MAX_NUMBER), "before": digits(1
 HISTORY_DEFAULTS = PAGE_DEFAULTS | {"after": 0, "before": MAX_NUMBER + 1}
 
 
-def read_fields(holder: dict, rules: dict[str, Callable], where: str = "") -> dict:
+def read_fields(holder: dict, rules: dict[str, Rule], where: str = "") -> dict:
     """Return what the rules keep of the fields they name. Raise HTTPError(400) for a bad one."""
     kept = {}
-    for field, rule in rules.items():
+    for field, (words, keep) in rules.items():
         try:
-            kept[field] = rule(holder.get(field))
-        except ValueError as error:
+            kept[field] = keep(holder.get(field))
+        except ValueError:
             got = json.dumps(holder[field])[:100] if field in holder else "nothing"
-            raise HTTPError(400, f"{where}{field} must be {error}, got {got}") from None
+            raise HTTPError(400, f"{where}{field} must be {words}, got {got}") from None
     return kept
 
 
@@ -285,12 +279,11 @@ encode = json.JSONEncoder(
 
 
 def parse_message(body: bytes) -> dict:
-    """Turn the body of a POST into the parameters of UPSERT_IF_NEW and INSERT_MESSAGE.
-
-    Raise HTTPError(400) that names the field and the rule it breaks.
-    """
+    """Return what UPSERT_IF_NEW takes for the body of a POST. Raise HTTPError(400 or 413)."""
+    if len(body) > MAX_BODY:
+        raise HTTPError(413, f"the body must be at most {MAX_BODY} bytes long")
     try:
-        sent = read_fields({"body": decode(body.decode())}, {"body": an_object}, "the ")
+        sent = read_fields({"body": decode(body.decode())}, {"body": OBJECT}, "the ")
         parts = read_fields(sent["body"], ENVELOPE)
         metadata = read_fields(parts["metadata"], METADATA, "metadata.")
         rules = MESSAGE_TYPES[metadata["messageType"]]
@@ -313,12 +306,9 @@ PRAGMAS = (
     "secure_delete = OFF",  # a reset writes no zeros, for which there might be no room
     "synchronous = FULL",  # NORMAL may lose the last commits in a power cut
     "fullfsync = ON",  # on macOS, empty the drive's cache, too
-    "checkpoint_fullfsync = ON",
     "journal_size_limit = 16777216",  # bytes that the WAL keeps after it was longer
 )
-LOCK_WAIT = "PRAGMA busy_timeout = 50"  # ms to wait for another program, such as a backup
-NO_WAIT = "PRAGMA busy_timeout = 0"
-RESTORE = "if a backup was copied over it, delete its -wal and copy the backup again"
+RESTORE = "; if a backup was copied over it, delete its -wal and copy the backup again"
 
 
 class Unavailable(HTTPError):
@@ -347,23 +337,7 @@ def inspect(path: str) -> None:
 
 def inode(path: str) -> int:
     """Return the number of a file, which stays while the file is open. 0: there is no file."""
-    try:
-        return os.stat(path).st_ino
-    except OSError:
-        return 0
-
-
-def connect(path: str) -> sqlite3.Connection:
-    """Open a database file, or make one that is marked as ours."""
-    connection = sqlite3.connect(path, isolation_level=None)
-    connection.create_function("contains", -1, contains)
-    for pragma in PRAGMAS:
-        connection.execute(f"PRAGMA {pragma}")
-    ((version,),) = connection.execute("PRAGMA user_version")
-    if version == 0:  # a new file gets the mark while it has no WAL, so inspect() finds it
-        connection.execute(f"PRAGMA user_version = {OURS}")
-    connection.execute("PRAGMA journal_mode = WAL")  # others may read meanwhile
-    return connection
+    return os.stat(path).st_ino if os.path.exists(path) else 0
 
 
 class Store:
@@ -380,53 +354,50 @@ class Store:
         self.commits = 0
         try:
             inspect(path)
-            self.connection = connect(path)
+            self.connection = sqlite3.connect(path, isolation_level=None)
             self.close = self.connection.close  # SQLite then moves its WAL into the file
             self.prepare()
         except (Unavailable, sqlite3.Error, OSError) as error:
-            raise OSError(f"cannot use {path} as the database: {error}") from error
-        self.execute(LOCK_WAIT)
+            hint = RESTORE if type(error) is sqlite3.DatabaseError else ""  # if it is damaged
+            raise OSError(f"cannot use {path} as the database: {error}{hint}") from error
+        self.execute("PRAGMA busy_timeout = 0")  # another program's lock holds up nobody
         self.opened_at = time.time()
         self.files = {name: inode(name) for name in (path, f"{path}-wal", f"{path}-shm")}
         self.looked_at = time.monotonic()
 
     def prepare(self) -> None:
-        """Make the tables if they are not there. Raise OSError if this version cannot use them."""
+        """Set the connection up, and make the tables if need be. Raise OSError if that fails."""
+        self.connection.create_function("contains", -1, contains)
+        for pragma in PRAGMAS:
+            self.execute(f"PRAGMA {pragma}")
         ((version,),) = self.execute("PRAGMA user_version")
         if version > SCHEMA_VERSION:
             raise OSError("a later version of this program wrote it")
         if version < SCHEMA_VERSION:
             with self.transaction():
                 self.rebuild(version)
-        try:
-            ((agree,),) = self.execute(SUMS_AGREE)
-        except sqlite3.DatabaseError as error:  # it is damaged
-            raise OSError(f"{error}; {RESTORE}") from error
-        if not agree:
-            raise OSError(f"its rockets do not count all of its messages; {RESTORE}")
+        # From here on, others may read meanwhile. inspect() needs the mark in the file itself.
+        self.execute("PRAGMA journal_mode = WAL")
+        if self.execute(SUMS_AGREE) != [(True,)]:
+            raise sqlite3.DatabaseError("its rockets do not count all of its messages")
 
     def rebuild(self, version: int) -> None:
-        """Make the rockets anew from the messages, whose table is of the given version."""
+        """Make the rockets anew from the messages of a version, whatever today's limits are."""
         self.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")  # first, as it takes the lock
         if OURS < version < OURS + 5:  # then these columns had other names
             for old in ("number", "time", "type"):
-                new = f"message{old.title()}"
-                self.execute(f"ALTER TABLE messages RENAME COLUMN {old} TO {new}")
+                self.execute(f"ALTER TABLE messages RENAME COLUMN {old} TO message{old.title()}")
         self.execute(CREATE_MESSAGES)
         self.execute("DROP TABLE IF EXISTS rockets")
         self.execute(CREATE_ROCKETS)
         ((count,),) = self.execute("SELECT count(*) FROM messages")
         if count:
             log.warning("making the rockets from %d messages", count)
-            self.connection.executemany(UPSERT, self.stored())
+            for *metadata, message in self.connection.execute("SELECT * FROM messages"):
+                row, content = dict(zip(METADATA, metadata)), json.loads(message)
+                fields = {field: content[field] for field in MESSAGE_TYPES[row["messageType"]]}
+                self.execute(UPSERT, NO_FIELDS | fields | row)
             log.warning("made the rockets from %d messages", count)
-
-    def stored(self) -> Iterator[dict]:
-        """Yield the parameters of UPSERT for each message. Today's limits do not matter."""
-        for *metadata, message in self.connection.execute("SELECT * FROM messages"):
-            content, row = json.loads(message), dict(zip(METADATA, metadata))
-            fields = {field: content[field] for field in MESSAGE_TYPES[row["messageType"]]}
-            yield NO_FIELDS | fields | row
 
     def reset(self) -> None:
         """Forget all messages and rockets, and give their room back to the disk."""
@@ -443,8 +414,6 @@ class Store:
         except sqlite3.OperationalError as error:
             if error.sqlite_errorcode == sqlite3.SQLITE_ERROR:  # a mistake in the SQL
                 raise
-            if error.sqlite_errorcode == sqlite3.SQLITE_BUSY:
-                self.connection.execute(NO_WAIT)  # a lock that stays holds up nobody else
             raise Unavailable(str(error)) from error
 
     @contextmanager
@@ -464,7 +433,6 @@ class Store:
             self.is_in_transaction = False
         if self.connection.total_changes > changes:
             self.commits += 1
-            self.execute(LOCK_WAIT)
         for callback, *arguments in self.callbacks:
             callback(*arguments)
 
@@ -495,10 +463,9 @@ class Store:
         self.looked_at = now
 
     def probe(self) -> None:
-        """Commit without a change, to find out whether messages can be stored."""
+        """Write what is there already, to find out whether messages can be stored."""
         self.check_files()
-        with self.transaction():
-            self.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+        self.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
 
     def tag(self) -> str:
         """Return an ETag that changes with each commit, of this process or of another one."""
@@ -513,14 +480,10 @@ JSON = "application/json"
 # Python's own table depends on the system, which may call a script plain text.
 CONTENT_TYPES = {".css": "text/css", ".html": "text/html", ".js": "text/javascript", ".json": JSON}
 PROBLEM = "application/problem+json"
-METRICS = "text/plain; version=0.0.4; charset=utf-8"
-HEADERS = {
-    "Cache-Control": "no-cache",  # ask again each time, with If-None-Match
-    "X-Content-Type-Options": "nosniff",  # keeps browsers from taking JSON for a page
-}
-MAX_BODY = 16 * 1024  # bytes; a real message has about 300, a larger body gets a 413
-OUTCOMES = ("applied", "duplicate", "conflicting", "rejected", "failed")  # of a message
+# no-cache: browsers ask each time, with If-None-Match. nosniff: they take no JSON for a page.
+HEADERS = {"Cache-Control": "no-cache", "X-Content-Type-Options": "nosniff"}
 CONFLICT = "message {messageNumber} of {channel} is known; ignored: {messageType} {message!a:.100}"
+NEXT = '<?{}>; rel="next"'  # RFC 8288, relative to the address that was asked for
 UNKNOWN = "no message has come on this channel"
 
 
@@ -528,10 +491,6 @@ def headers_of(content_type: str) -> dict[str, str]:
     """Return the headers that every answer has."""
     may_read = {} if request.method == "POST" else {"Access-Control-Allow-Origin": "*"}
     return HEADERS | may_read | {"Content-Type": content_type}
-
-
-def dump(value: Any) -> str:
-    return json.dumps(value) + "\n"
 
 
 def with_array(members: dict, name: str, items: list[bytes]) -> bytes:
@@ -542,7 +501,7 @@ def with_array(members: dict, name: str, items: list[bytes]) -> bytes:
 
 def render(status: int, detail: str) -> str:
     """Return the body of an error as RFC 9457 asks."""
-    return dump({"title": HTTP_CODES[status], "status": status, "detail": detail})
+    return json.dumps({"title": HTTP_CODES[status], "status": status, "detail": detail}) + "\n"
 
 
 def problem(error: HTTPError) -> str:
@@ -554,32 +513,13 @@ def problem(error: HTTPError) -> str:
     return render(error.status_code, detail)
 
 
-def read_query(rules: dict[str, Callable]) -> dict:
+def read_query(rules: dict[str, Rule]) -> dict:
     """Return the parameters of the query. Raise HTTPError(400) for a bad or unknown one."""
-    pairs = parse_qsl(request.query_string, keep_blank_values=True)
-    given = dict(pairs)
-    if len(given) < len(pairs):
-        raise HTTPError(400, "each parameter must come only once")
+    given = dict(parse_qsl(request.query_string, keep_blank_values=True))
     for name in given.keys() - rules.keys():
         known = ", ".join(rules) or "no parameters"
         raise HTTPError(400, f"the parameter {name[:100]!a} is unknown; this address has {known}")
     return read_fields(given, {name: rules[name] for name in given})
-
-
-def link_to_next(given: dict, **changed: int) -> None:
-    """Say where the list goes on (RFC 8288), relative to the address that was asked for."""
-    response.headers["Link"] = f'<?{urlencode(given | changed)}>; rel="next"'
-
-
-def read_message() -> dict:
-    """Return the message that is posted. Raise HTTPError for one that must not be stored."""
-    origin = request.get_header("Origin")  # browsers tell it with each POST
-    if origin and origin.partition("://")[2] != request.get_header("Host"):
-        raise HTTPError(403, "a page of another site must not post messages")
-    body = request.body.read(MAX_BODY + 1)
-    if len(body) > MAX_BODY:
-        raise HTTPError(413, f"the body must be at most {MAX_BODY} bytes long")
-    return parse_message(body)
 
 
 def get_file(path: str) -> HTTPResponse:
@@ -593,12 +533,12 @@ class Api:
     def __init__(self, store: Store):
         self.store = store
         self.started_at = time.time()
-        self.outcomes = dict.fromkeys(OUTCOMES, 0)
+        self.outcomes = {"applied": 0, "duplicate": 0, "conflicting": 0, "rejected": 0, "failed": 0}
         self.seconds = 0.0  # that POSTs took, with their commits
         self.is_failing = False  # whether the last message that had to be stored was not
         headers = HEADERS | {"Content-Type": JSON}
-        self.applied = HTTPResponse(dump({"status": "applied"}), 202, headers)
-        self.duplicate = HTTPResponse(dump({"status": "duplicate"}), 202, headers)
+        self.applied = HTTPResponse('{"status": "applied"}\n', 202, headers)
+        self.duplicate = HTTPResponse('{"status": "duplicate"}\n', 202, headers)
         self.metrics = (STATIC / "metrics.txt").read_text()
 
     def check_tag(self) -> None:
@@ -611,7 +551,10 @@ class Api:
     def post_message(self) -> HTTPResponse:
         began, client, why = time.perf_counter(), request.environ["REMOTE_ADDR"], ""
         try:
-            message = read_message()
+            origin = request.get_header("Origin")  # browsers tell it with each POST
+            if origin and origin.partition("://")[2] != request.get_header("Host"):
+                raise HTTPError(403, "a page of another site must not post messages")
+            message = parse_message(request.body.read(MAX_BODY + 1))
             outcome = self.store.apply(message)
         except HTTPError as error:
             outcome = "failed" if isinstance(error, Unavailable) else "rejected"
@@ -641,7 +584,7 @@ class Api:
         ((total,),) = self.store.execute(COUNT_MATCHING, query)
         end = query["offset"] + len(rockets)
         if rockets and end < total:
-            link_to_next(given, offset=end)
+            response.headers["Link"] = NEXT.format(urlencode(given | {"offset": end}))
         members = {"count": len(rockets), "total": total, "sort": sort, "order": order}
         return with_array(members, "rockets", rockets)
 
@@ -665,7 +608,7 @@ class Api:
         page = rows[: query["limit"]]
         if len(rows) > len(page):
             edge = "after" if query["order"] == "asc" else "before"
-            link_to_next(given, **{edge: page[-1][0]})
+            response.headers["Link"] = NEXT.format(urlencode(given | {edge: page[-1][0]}))
         members = key | {"count": len(page), "total": totals[0][0], "order": query["order"]}
         return with_array(members, "messages", [message for _, message in page])
 
@@ -682,7 +625,7 @@ class Api:
     def get_fleet(self) -> str:
         read_query({})
         self.check_tag()
-        return dump(self.count_fleet())
+        return json.dumps(self.count_fleet()) + "\n"
 
     def get_health(self) -> str:
         read_query({})
@@ -690,11 +633,11 @@ class Api:
         if self.is_failing:
             self.store.probe()
         ((rockets, messages, _),) = self.store.execute(COUNT_ALL)
-        return dump({"status": "ok", "rockets": rockets, "messages": messages})
+        return json.dumps({"status": "ok", "rockets": rockets, "messages": messages}) + "\n"
 
     def get_metrics(self) -> str:
         read_query({})
-        response.headers.update(headers_of(METRICS))
+        response.headers.update(headers_of("text/plain; version=0.0.4; charset=utf-8"))
         posts = sum(self.outcomes.values())
         return self.metrics.format(api=self, posts=posts, version=VERSION, **self.count_fleet())
 
@@ -721,7 +664,6 @@ def create_app(store: Store) -> Bottle:
 
 MAX_CONNECTIONS = 200  # at a time; macOS allows a process 256 open files
 MAX_TURN = 32  # requests that are answered together
-MAX_BLANKS = 64  # in a row in a header; waitress takes quadratic time for them
 SILENCE = 30  # seconds after which a connection that neither sends nor reads is closed
 IDLE = 0.2  # seconds until a signal to stop is noticed while nothing comes
 GRACE_PERIOD = 4  # seconds after a signal to stop in which requests under way are answered
@@ -735,7 +677,7 @@ WAITRESS = {
     "outbuf_overflow": sys.maxsize,  # bytes; no temporary files, as the disk may be full
     "outbuf_high_watermark": sys.maxsize,  # bytes; nothing waits for a client to read
 }
-BLANKS = re.compile(rb"[ \t]{%d}" % MAX_BLANKS)
+BLANKS = re.compile(rb"[ \t]{64}")  # in a row; waitress takes quadratic time for them
 CODINGS = re.compile(rb"(?im)^transfer-encoding:(.*)")
 
 
@@ -754,7 +696,7 @@ class Request(HTTPRequestParser):
     def parse_header(self, header_plus: bytes) -> None:
         """Parse the first line and the headers. Raise ParsingError for a 400."""
         if BLANKS.search(header_plus):
-            raise ParsingError(f"a header must have less than {MAX_BLANKS} blanks in a row")
+            raise ParsingError("a header must have less than 64 blanks in a row")
         try:
             super().parse_header(header_plus)
         except (ValueError, TransferEncodingNotImplemented) as error:  # ValueError: of an address
@@ -762,10 +704,10 @@ class Request(HTTPRequestParser):
         codings = [coding.strip(b" \t\r").lower() for coding in CODINGS.findall(header_plus)]
         is_alone = self.version == "1.1" and "CONTENT_LENGTH" not in self.headers
         if codings and not (codings == [b"chunked"] and is_alone):
-            raise ParsingError("Transfer-Encoding must be chunked, alone, in HTTP/1.1 (section 6.1)")
+            raise ParsingError("Transfer-Encoding must be chunked, alone, in HTTP/1.1")
         host = self.headers.get("HOST", "," if self.version == "1.1" else "")
         if "," in host:  # waitress joins repeated headers with a comma
-            raise ParsingError("there must be exactly one Host (section 3.2)")
+            raise ParsingError("there must be exactly one Host")
 
 
 class Answer(Task):
@@ -826,7 +768,7 @@ class Server:
     message reaches 0.76, 0.45 and 0.19 of the rate with 1, 3 and 20 senders.
 
     waitress polls, accepts, parses and sends. Three things of it are replaced: its threads by
-    add_task(), as there is one writer; its tasks by Answer, as an answer waits for the commit; its
+    turn(), as there is one writer; its tasks by Answer, as an answer waits for the commit; its
     sweep by close_silent(), as waitress's spares who never reads.
     """
 
@@ -837,13 +779,9 @@ class Server:
         create_server(app, map=self.map, sockets=sockets, **WAITRESS)
         self.listeners = [each for each in self.map.values() if each.accepting]
         for listener in self.listeners:
-            listener.channel_class, listener.task_dispatcher = Connection, self
+            listener.channel_class, listener.add_task = Connection, self.arrived.append
             listener.trigger.close()  # there is no other thread to wake
             listener.pull_trigger = lambda: None
-
-    def add_task(self, connection: Connection) -> None:
-        """Take a connection with a whole request. waitress calls this."""
-        self.arrived.append(connection)
 
     def stop(self, *_: Any) -> None:
         """End run() after the requests that are under way. This is a signal handler."""
@@ -864,7 +802,7 @@ class Server:
         """Receive what comes, and answer what is ready, up to MAX_TURN requests."""
         self.receive(0 if any(each.is_ready() for each in self.arrived) else IDLE)
         ready = [each for each in self.arrived if each.is_ready()][:MAX_TURN]
-        self.arrived = [each for each in self.arrived if each not in ready]
+        self.arrived[:] = [each for each in self.arrived if each not in ready]
         if not ready:
             return
         try:

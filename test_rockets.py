@@ -648,7 +648,6 @@ BAD_PARAMETERS = {
     "/rockets?limit=" + "9" * 5000: f'limit {TO_1000} "{"9" * 99}',
     "/rockets?offset=-1": 'offset must be a whole number from 0 to 9007199254740991, got "-1"',
     "/rockets?q=" + "x" * 65: f'q must be a text of at most 64 characters, got "{"x" * 65}"',
-    "/rockets?limit=1&limit=2": "each parameter must come only once",
     f"{HISTORY}?limit=1001": f'limit {TO_1000} "1001"',
     f"{HISTORY}?after=x": 'after must be a whole number from 0 to 9007199254740991, got "x"',
     f"{HISTORY}?before=0": 'before must be a whole number from 1 to 9007199254740992, got "0"',
@@ -920,7 +919,7 @@ def test_a_backup_beside_the_wal_of_another_day_is_refused_and_restored_as_the_r
 
 def test_the_file_is_marked_as_ours_and_every_commit_goes_to_the_disk_itself(store):
     expected = {"user_version": rockets.SCHEMA_VERSION, "journal_mode": "wal", "synchronous": 2}
-    expected |= {"fullfsync": 1, "checkpoint_fullfsync": 1, "journal_size_limit": 2**24}
+    expected |= {"fullfsync": 1, "journal_size_limit": 2**24}
     assert {name: store.execute(f"PRAGMA {name}")[0][0] for name in expected} == expected
     assert rockets.SCHEMA_VERSION >> 16 == 0x524B
 
