@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import rockets
@@ -130,10 +131,10 @@ class PostgresStore:
         with self.connection() as connection:
             return connection.execute(translate(sql), parameters).fetchall()
 
-    def on_commit(self, callback: Callable[[], None]) -> None:
+    def on_commit(self, callback: Callable, *arguments: Any) -> None:
         """Call back at once, as apply() has committed, but from one thread at a time."""
         with self.lock:
-            callback()
+            callback(*arguments)
 
     def apply(self, message: dict) -> str:
         """Count and keep a message. Return 'applied', 'duplicate' or 'conflicting'.
