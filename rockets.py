@@ -549,7 +549,7 @@ class Api:
         response.headers.update(headers)
 
     def post_message(self) -> HTTPResponse:
-        began, client, why = time.perf_counter(), request.environ["REMOTE_ADDR"], ""
+        began, client = time.perf_counter(), request.environ["REMOTE_ADDR"]
         try:
             origin = request.get_header("Origin")  # browsers tell it with each POST
             if origin and origin.partition("://")[2] != request.get_header("Host"):
@@ -560,8 +560,7 @@ class Api:
             outcome = "failed" if isinstance(error, Unavailable) else "rejected"
             self.store.on_commit(self.report, began, client, outcome, error.body)
             raise
-        if outcome == "conflicting":
-            why = CONFLICT.format_map(message)
+        why = CONFLICT.format_map(message) if outcome == "conflicting" else ""
         self.store.on_commit(self.report, began, client, outcome, why)
         return self.applied if outcome == "applied" else self.duplicate
 
@@ -705,8 +704,8 @@ class Request(HTTPRequestParser):
         is_alone = self.version == "1.1" and "CONTENT_LENGTH" not in self.headers
         if codings and not (codings == [b"chunked"] and is_alone):
             raise ParsingError("Transfer-Encoding must be chunked, alone, in HTTP/1.1")
-        host = self.headers.get("HOST", "," if self.version == "1.1" else "")
-        if "," in host:  # waitress joins repeated headers with a comma
+        is_missing = self.version == "1.1" and "HOST" not in self.headers
+        if is_missing or "," in self.headers.get("HOST", ""):  # waitress joins those that repeat
             raise ParsingError("there must be exactly one Host")
 
 
