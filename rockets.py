@@ -45,13 +45,13 @@ log = logging.getLogger("rockets")
 
 # SQL ##############################################################################################
 
-# The fields of a rocket, as they are served and as the columns of its table are called.
+# The fields of a rocket: the members of its JSON, in this order, and columns of its table.
 ROCKET_FIELDS = (
     "channel", "type", "speed", "mission", "status", "explosionReason",
     "launchedAt", "updatedAt", "lastMessageNumber", "missingMessages",
 )  # fmt: skip
 STATUSES = ("active", "awaiting_launch", "exploded")
-NO_NUMBER = MAX_NUMBER + 1  # of a launch or explosion that is not known, as the lowest number wins
+NO_NUMBER = MAX_NUMBER + 1  # stands for no launch or no explosion; every real number is lower
 
 CREATE_MESSAGES = """
 CREATE TABLE IF NOT EXISTS messages (
@@ -59,7 +59,7 @@ CREATE TABLE IF NOT EXISTS messages (
     messageTime TEXT NOT NULL, messageType TEXT NOT NULL, message TEXT NOT NULL,
     PRIMARY KEY (channel, messageNumber)
 ) STRICT, WITHOUT ROWID"""
-# The rockets are a projection of the messages: they can be made anew from them at any time.
+# The rockets are a projection. They can be made anew from the messages at any time.
 # json is the rocket as it is served. It is made once for each message, not for each answer.
 CREATE_ROCKETS = f"""
 CREATE TABLE rockets (
@@ -78,8 +78,8 @@ CREATE TABLE rockets (
         json_object({", ".join(f"'{field}', {field}" for field in ROCKET_FIELDS)})) STORED
 ) STRICT, WITHOUT ROWID"""
 
-# Whatever the order in which messages come, they leave the same row: sums do not depend on it,
-# and the lowest or the highest number wins whenever it comes.
+# The row does not depend on the order of the messages: sums do not, and the lowest or the highest
+# number wins whenever it comes. A field that a message does not have is NULL. :type is a launch's.
 UPSERT = f"""
 INSERT INTO rockets AS old (
     channel, messageCount, speedChange,
@@ -119,8 +119,8 @@ ON CONFLICT (channel) DO UPDATE SET
     explosionReason = iif(
         excluded.explosionNumber < old.explosionNumber,
         excluded.explosionReason, old.explosionReason)"""
-# A POST runs the upsert only for a message that is not known, and gets a row if it was not.
-# (For a new channel, SQLite inserts without a look at WHERE. It has no message to repeat.)
+# A POST runs this. It changes nothing and returns no row if the message is in the table messages.
+# (WHERE limits only the update. A channel without a rocket has no messages, so it needs no check.)
 UPSERT_IF_NEW = f"""{UPSERT}
 WHERE NOT EXISTS (
     SELECT * FROM messages WHERE channel = :channel AND messageNumber = :messageNumber)
@@ -128,6 +128,7 @@ RETURNING channel"""
 INSERT_MESSAGE = """
 INSERT INTO messages (channel, messageNumber, messageTime, messageType, message)
 VALUES (:channel, :messageNumber, :messageTime, :messageType, :message)"""
+# The time may differ in a redelivery.
 IS_SAME = """
 SELECT messageType = :messageType AND message = :message FROM messages
 WHERE channel = :channel AND messageNumber = :messageNumber"""
@@ -164,15 +165,15 @@ COUNT_BY_STATUS = "SELECT status, count(*) FROM rockets GROUP BY status"
 COUNT_BY_NAME = """
 SELECT %(field)s, count(*) FROM rockets
 WHERE %(field)s IS NOT NULL GROUP BY %(field)s
-ORDER BY count(*) DESC, %(field)s LIMIT 100"""
+ORDER BY count(*) DESC, %(field)s LIMIT 100"""  # enough for a menu
 
 # Messages #########################################################################################
 
-MAX_BODY = 16 * 1024  # bytes; a real message has about 300, a larger body gets a 413
+MAX_BODY = 16 * 1024  # bytes; a real message has about 300; more than this gets a 413
 MAX_NAME = 256  # characters
 MAX_SPEED = 2**31 - 1
-DATE_AND_TIME = r"\d{4}-\d\d-\d\dT([01]\d|2[0-3]):\d\d:\d\d(\.\d+)?"
-OFFSET = r"(Z|[+-](0\d|1[0-3]):[0-5]\d|[+-]14:00)"
+DATE_AND_TIME = r"\d{4}-\d\d-\d\dT([01]\d|2[0-3]):\d\d:\d\d(\.\d+)?"  # 24:00 is none
+UTC_OFFSET = r"(Z|[+-](0\d|1[0-3]):[0-5]\d|[+-]14:00)"  # julianday() takes no more than 14:00
 TIME_WORDS = "an RFC 3339 time with an offset up to 14:00, such as 2022-02-02T19:39:05+01:00"
 
 # A rule says in words what a value must be, and has a function that returns what is kept of the
@@ -207,7 +208,7 @@ def one_of(choices: Iterable[str]) -> Rule:
 
 def digits(lowest: int, highest: int) -> Rule:
     words, keep = whole(lowest, highest)
-    return text(words, "[0-9]{1,16}", lambda value: keep(int(value)))
+    return text(words, "[0-9]+", lambda value: keep(int(value)))
 
 
 def keep_time(value: str) -> str:
@@ -238,12 +239,12 @@ ENVELOPE = {"metadata": OBJECT, "message": OBJECT}
 CHANNEL = {"channel": text("a UUID", "(?i)[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", str.lower)}
 METADATA = CHANNEL | {
     "messageNumber": whole(1, MAX_NUMBER),
-    "messageTime": text(TIME_WORDS, f"(?ai){DATE_AND_TIME}{OFFSET}", keep_time),
+    "messageTime": text(TIME_WORDS, f"(?ai){DATE_AND_TIME}{UTC_OFFSET}", keep_time),
     "messageType": one_of(MESSAGE_TYPES),
 }
 
 MAX_PAGE = 1000  # rockets or messages in one answer
-MAX_SEARCH = 64  # characters, for which all rockets are searched
+MAX_SEARCH = 64  # characters of q; each search reads all rockets
 SEARCH_WORDS = f"a text of at most {MAX_SEARCH} characters"
 PAGE_RULES = {"order": one_of(("asc", "desc")), "limit": digits(1, MAX_PAGE)}
 PAGE_DEFAULTS = {"order": "asc", "limit": MAX_PAGE}
@@ -261,7 +262,7 @@ HISTORY_DEFAULTS = PAGE_DEFAULTS | {"after": 0, "before": MAX_NUMBER + 1}
 
 
 def read_fields(holder: dict, rules: dict[str, Rule], where: str = "") -> dict:
-    """Return what the rules keep of the fields they name. Raise HTTPError(400) for a bad one."""
+    """Return the fields that the rules name, converted. Raise HTTPError(400) for a bad one."""
     kept = {}
     for field, (words, keep) in rules.items():
         try:
@@ -272,43 +273,44 @@ def read_fields(holder: dict, rules: dict[str, Rule], where: str = "") -> dict:
     return kept
 
 
-decode = json.JSONDecoder(parse_constant=int).decode  # int("NaN") raises ValueError
-encode = json.JSONEncoder(
+from_json = json.JSONDecoder(parse_constant=int).decode  # int("NaN") raises ValueError
+to_json = json.JSONEncoder(  # equal contents become equal texts, for IS_SAME
     ensure_ascii=False, allow_nan=False, separators=(",", ":"), sort_keys=True
 ).encode
 
 
 def parse_message(body: bytes) -> dict:
-    """Return what UPSERT_IF_NEW takes for the body of a POST. Raise HTTPError(400 or 413)."""
+    """Return the SQL parameters of a message. Raise HTTPError(400 or 413) for a bad body."""
     if len(body) > MAX_BODY:
         raise HTTPError(413, f"the body must be at most {MAX_BODY} bytes long")
     try:
-        sent = read_fields({"body": decode(body.decode())}, {"body": OBJECT}, "the ")
+        sent = {"body": from_json(body.decode())}
+        read_fields(sent, {"body": OBJECT}, "the ")  # else: "the body must be an object"
         parts = read_fields(sent["body"], ENVELOPE)
         metadata = read_fields(parts["metadata"], METADATA, "metadata.")
         rules = MESSAGE_TYPES[metadata["messageType"]]
         fields = read_fields(parts["message"], rules, "message.")
-        message = encode(parts["message"] | fields)  # unknown fields are kept
-        message.encode()  # raises ValueError for a lone surrogate
+        content = to_json(parts["message"] | fields)  # unknown fields are kept
+        content.encode()  # raises ValueError for a lone surrogate
     except (ValueError, RecursionError) as error:
-        rule = "the body must be JSON in UTF-8, with finite numbers and no lone surrogates"
-        raise HTTPError(400, f"{rule}: {str(error)[:100]}") from error
-    return NO_FIELDS | fields | metadata | {"message": message}
+        must = "the body must be JSON in UTF-8, with finite numbers and no lone surrogates"
+        raise HTTPError(400, f"{must}: {str(error)[:100]}") from error
+    return NO_FIELDS | fields | metadata | {"message": content}
 
 
 # Storage ##########################################################################################
 
 OURS = 0x524B_0000  # "RK" in the upper half of user_version marks a file as ours
-SCHEMA_VERSION = OURS + 5  # of the rockets table; rockets of another version are made anew
+SCHEMA_VERSION = OURS + 5  # the rockets of an earlier version are made anew
 PRAGMAS = (
     "temp_store = MEMORY",  # sorting needs no room on the disk
-    "trusted_schema = ON",  # json_object() may stand in a table, however SQLite was built
-    "secure_delete = OFF",  # a reset writes no zeros, for which there might be no room
+    "trusted_schema = ON",  # allows json_object() in a table; some builds turn it off
+    "secure_delete = OFF",  # a reset then writes no zeros, which would need room in the WAL
     "synchronous = FULL",  # NORMAL may lose the last commits in a power cut
     "fullfsync = ON",  # on macOS, empty the drive's cache, too
-    "journal_size_limit = 16777216",  # bytes that the WAL keeps after it was longer
+    "journal_size_limit = 16777216",  # bytes; a checkpoint cuts a longer WAL to this
 )
-RESTORE = "; if a backup was copied over it, delete its -wal and copy the backup again"
+RESTORE_HINT = "; if a backup was copied over it, delete its -wal and copy the backup again"
 
 
 class Unavailable(HTTPError):
@@ -320,7 +322,7 @@ class Unavailable(HTTPError):
 
 
 def contains(part: str, *texts: str | None) -> bool:
-    """Tell whether one of the texts contains a part, whatever its case. The part is case-folded."""
+    """Tell whether a text contains a part in any case. The caller has case-folded the part."""
     return any(part in text.casefold() for text in texts if text)
 
 
@@ -336,7 +338,7 @@ def inspect(path: str) -> None:
 
 
 def inode(path: str) -> int:
-    """Return the number of a file, which stays while the file is open. 0: there is no file."""
+    """Return the number of a file, or 0. No other file gets the number of one that is open."""
     return os.stat(path).st_ino if os.path.exists(path) else 0
 
 
@@ -351,22 +353,23 @@ class Store:
         path = os.path.realpath(path)  # SQLite makes its other files beside the target of a link
         self.is_in_transaction = False
         self.callbacks: list[tuple] = []
-        self.commits = 0
+        self.commits = 0  # that changed something, for metrics.txt
         try:
             inspect(path)
             self.connection = sqlite3.connect(path, isolation_level=None)
-            self.close = self.connection.close  # SQLite then moves its WAL into the file
+            self.close = self.connection.close  # closing moves the WAL into the file
             self.prepare()
         except (Unavailable, sqlite3.Error, OSError) as error:
-            hint = RESTORE if type(error) is sqlite3.DatabaseError else ""  # if it is damaged
+            is_damaged = type(error) is sqlite3.DatabaseError  # a subclass tells something else
+            hint = RESTORE_HINT if is_damaged else ""
             raise OSError(f"cannot use {path} as the database: {error}{hint}") from error
-        self.execute("PRAGMA busy_timeout = 0")  # another program's lock holds up nobody
+        self.execute("PRAGMA busy_timeout = 0")  # from now on, wait for no other program's lock
         self.opened_at = time.time()
         self.files = {name: inode(name) for name in (path, f"{path}-wal", f"{path}-shm")}
         self.looked_at = time.monotonic()
 
     def prepare(self) -> None:
-        """Set the connection up, and make the tables if need be. Raise OSError if that fails."""
+        """Set the connection up, and make the tables if need be."""
         self.connection.create_function("contains", -1, contains)
         for pragma in PRAGMAS:
             self.execute(f"PRAGMA {pragma}")
@@ -376,15 +379,16 @@ class Store:
         if version < SCHEMA_VERSION:
             with self.transaction():
                 self.rebuild(version)
-        # From here on, others may read meanwhile. inspect() needs the mark in the file itself.
+        # With a WAL, others read while this writes. It comes last, as inspect() looks for the mark
+        # in the file itself.
         self.execute("PRAGMA journal_mode = WAL")
         if self.execute(SUMS_AGREE) != [(True,)]:
-            raise sqlite3.DatabaseError("its rockets do not count all of its messages")
+            raise sqlite3.DatabaseError("its rockets do not count all of its messages")  # damage
 
     def rebuild(self, version: int) -> None:
-        """Make the rockets anew from the messages of a version, whatever today's limits are."""
+        """Make the tables, and all rockets from the messages. These are not checked again."""
         self.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")  # first, as it takes the lock
-        if OURS < version < OURS + 5:  # then these columns had other names
+        if OURS < version < OURS + 5:  # before version 5, these columns had other names
             for old in ("number", "time", "type"):
                 self.execute(f"ALTER TABLE messages RENAME COLUMN {old} TO message{old.title()}")
         self.execute(CREATE_MESSAGES)
@@ -393,10 +397,11 @@ class Store:
         ((count,),) = self.execute("SELECT count(*) FROM messages")
         if count:
             log.warning("making the rockets from %d messages", count)
-            for *metadata, message in self.connection.execute("SELECT * FROM messages"):
-                row, content = dict(zip(METADATA, metadata)), json.loads(message)
-                fields = {field: content[field] for field in MESSAGE_TYPES[row["messageType"]]}
-                self.execute(UPSERT, NO_FIELDS | fields | row)
+            for *row, message in self.connection.execute("SELECT * FROM messages"):  # one by one
+                metadata, content = dict(zip(METADATA, row)), json.loads(message)
+                fields = MESSAGE_TYPES[metadata["messageType"]]
+                kept = {field: content[field] for field in fields}
+                self.execute(UPSERT, NO_FIELDS | kept | metadata)
             log.warning("made the rockets from %d messages", count)
 
     def reset(self) -> None:
@@ -425,7 +430,7 @@ class Store:
         self.is_in_transaction, self.callbacks = True, []
         changes = self.connection.total_changes
         try:
-            with self.connection:  # rolls back if this fails
+            with self.connection:  # rolls back if something fails, COMMIT included
                 self.execute("BEGIN")
                 yield
                 self.execute("COMMIT")
@@ -437,7 +442,7 @@ class Store:
             callback(*arguments)
 
     def on_commit(self, callback: Callable, *arguments: Any) -> None:
-        """Call back after the commit. So nothing that is rolled back is counted or logged."""
+        """Call back after the commit, or at once outside a transaction. A rollback drops it."""
         if self.is_in_transaction:
             self.callbacks.append((callback, *arguments))
         else:
@@ -480,7 +485,7 @@ JSON = "application/json"
 # Python's own table depends on the system, which may call a script plain text.
 CONTENT_TYPES = {".css": "text/css", ".html": "text/html", ".js": "text/javascript", ".json": JSON}
 PROBLEM = "application/problem+json"
-# no-cache: browsers ask each time, with If-None-Match. nosniff: they take no JSON for a page.
+# no-cache: browsers ask each time whether there is news. nosniff: they never run JSON as a page.
 HEADERS = {"Cache-Control": "no-cache", "X-Content-Type-Options": "nosniff"}
 CONFLICT = "message {messageNumber} of {channel} is known; ignored: {messageType} {message!a:.100}"
 NEXT = '<?{}>; rel="next"'  # RFC 8288, relative to the address that was asked for
@@ -488,7 +493,7 @@ UNKNOWN = "no message has come on this channel"
 
 
 def headers_of(content_type: str) -> dict[str, str]:
-    """Return the headers that every answer has."""
+    """Return the headers of an answer. Pages of other sites may read here, but not post."""
     may_read = {} if request.method == "POST" else {"Access-Control-Allow-Origin": "*"}
     return HEADERS | may_read | {"Content-Type": content_type}
 
@@ -499,7 +504,7 @@ def with_array(members: dict, name: str, items: list[bytes]) -> bytes:
     return b'%b, "%b": [%b]}\n' % (head.encode(), name.encode(), b",".join(items))
 
 
-def render(status: int, detail: str) -> str:
+def problem_body(status: int, detail: str) -> str:
     """Return the body of an error as RFC 9457 asks."""
     return json.dumps({"title": HTTP_CODES[status], "status": status, "detail": detail}) + "\n"
 
@@ -510,20 +515,22 @@ def problem(error: HTTPError) -> str:
     if error.status_code == 405:
         detail = f"{request.path} takes {response.headers['Allow']}, not {request.method}"
     response.headers.update(headers_of(PROBLEM))
-    return render(error.status_code, detail)
+    return problem_body(error.status_code, detail)
 
 
 def read_query(rules: dict[str, Rule]) -> dict:
     """Return the parameters of the query. Raise HTTPError(400) for a bad or unknown one."""
     given = dict(parse_qsl(request.query_string, keep_blank_values=True))
-    for name in given.keys() - rules.keys():
-        known = ", ".join(rules) or "no parameters"
-        raise HTTPError(400, f"the parameter {name[:100]!a} is unknown; this address has {known}")
+    unknown = sorted(given.keys() - rules.keys())
+    if unknown:
+        known, first = ", ".join(rules) or "no parameters", unknown[0][:100]
+        raise HTTPError(400, f"the parameter {first!a} is unknown; this address has {known}")
     return read_fields(given, {name: rules[name] for name in given})
 
 
 def get_file(path: str) -> HTTPResponse:
     kind = CONTENT_TYPES.get(Path(path).suffix, "application/octet-stream")
+    # Bottle's ETag has no quotes, so it is none. Last-Modified does as well.
     return static_file(path, STATIC, mimetype=kind, etag=False, headers=headers_of(kind))
 
 
@@ -535,7 +542,7 @@ class Api:
         self.started_at = time.time()
         self.outcomes = {"applied": 0, "duplicate": 0, "conflicting": 0, "rejected": 0, "failed": 0}
         self.seconds = 0.0  # that POSTs took, with their commits
-        self.is_failing = False  # whether the last message that had to be stored was not
+        self.is_failing = False  # from a message that could not be stored to one that was
         headers = HEADERS | {"Content-Type": JSON}
         self.applied = HTTPResponse('{"status": "applied"}\n', 202, headers)
         self.duplicate = HTTPResponse('{"status": "duplicate"}\n', 202, headers)
@@ -565,7 +572,7 @@ class Api:
         return self.applied if outcome == "applied" else self.duplicate
 
     def report(self, began: float, client: str, outcome: str, why: str) -> None:
-        """Count a message, and log why it does not count."""
+        """Count the outcome of a POST, and log what was wrong with it."""
         self.outcomes[outcome] += 1
         self.seconds += time.perf_counter() - began
         if outcome in ("applied", "failed"):
@@ -599,16 +606,18 @@ class Api:
         key = read_fields({"channel": channel}, CHANNEL)
         given = read_query(HISTORY_RULES)
         self.check_tag()
-        totals = self.store.execute(COUNT_MESSAGES, key)
-        if not totals:
+        counts = self.store.execute(COUNT_MESSAGES, key)
+        if not counts:
             raise HTTPError(404, UNKNOWN)
+        ((total,),) = counts
         query = HISTORY_DEFAULTS | given
-        rows = self.store.execute(SELECT_MESSAGES % query, key | query)
+        select = SELECT_MESSAGES % {"order": query["order"]}
+        rows = self.store.execute(select, key | query)
         page = rows[: query["limit"]]
         if len(rows) > len(page):
             edge = "after" if query["order"] == "asc" else "before"
             response.headers["Link"] = NEXT.format(urlencode(given | {edge: page[-1][0]}))
-        members = key | {"count": len(page), "total": totals[0][0], "order": query["order"]}
+        members = key | {"count": len(page), "total": total, "order": query["order"]}
         return with_array(members, "messages", [message for _, message in page])
 
     def count_fleet(self) -> dict:
@@ -630,7 +639,7 @@ class Api:
         read_query({})
         response.headers.update(headers_of(JSON))
         if self.is_failing:
-            self.store.probe()
+            self.store.probe()  # raises Unavailable while nothing can be stored
         ((rockets, messages, _),) = self.store.execute(COUNT_ALL)
         return json.dumps({"status": "ok", "rockets": rockets, "messages": messages}) + "\n"
 
@@ -670,9 +679,9 @@ WAITRESS = {
     "ident": "rockets",
     "threads": 0,  # the loop's own thread does all
     "clear_untrusted_proxy_headers": False,  # the app reads none of them
-    "connection_limit": MAX_CONNECTIONS + 3,  # two listeners, and a newcomer to make room for
+    "connection_limit": MAX_CONNECTIONS + 3,  # and two listeners, and one that is about to go
     "max_request_header_size": 16 * 1024,  # bytes; a larger one gets a 431
-    "max_request_body_size": 64 * 1024 + 1,  # bytes; so much is read, so that a 413 is seen
+    "max_request_body_size": 64 * 1024 + 1,  # bytes; a client that sends less sees its 413
     "outbuf_overflow": sys.maxsize,  # bytes; no temporary files, as the disk may be full
     "outbuf_high_watermark": sys.maxsize,  # bytes; nothing waits for a client to read
 }
@@ -681,7 +690,7 @@ CODINGS = re.compile(rb"(?im)^transfer-encoding:(.*)")
 
 
 class Request(HTTPRequestParser):
-    """A request of waitress that is stricter where the contract, or RFC 9112, asks for it."""
+    """A request of waitress, with what RFC 9112 asks of servers and waitress does not check."""
 
     def received(self, data: bytes) -> int:
         """Take in data, and return how many bytes of it were used. waitress calls this."""
@@ -698,11 +707,11 @@ class Request(HTTPRequestParser):
             raise ParsingError("a header must have less than 64 blanks in a row")
         try:
             super().parse_header(header_plus)
-        except (ValueError, TransferEncodingNotImplemented) as error:  # ValueError: of an address
+        except (ValueError, TransferEncodingNotImplemented) as error:  # ValueError: a bad URL
             raise ParsingError(str(error)) from error
         codings = [coding.strip(b" \t\r").lower() for coding in CODINGS.findall(header_plus)]
-        is_alone = self.version == "1.1" and "CONTENT_LENGTH" not in self.headers
-        if codings and not (codings == [b"chunked"] and is_alone):
+        may_be_chunked = self.version == "1.1" and "CONTENT_LENGTH" not in self.headers
+        if codings and not (codings == [b"chunked"] and may_be_chunked):
             raise ParsingError("Transfer-Encoding must be chunked, alone, in HTTP/1.1")
         is_missing = self.version == "1.1" and "HOST" not in self.headers
         if is_missing or "," in self.headers.get("HOST", ""):  # waitress joins those that repeat
@@ -710,19 +719,19 @@ class Request(HTTPRequestParser):
 
 
 class Answer(Task):
-    """Sends the answer that its connection holds."""
+    """Sends the answer of its connection, which waitress calls channel."""
 
     def execute(self) -> None:
         self.status, self.response_headers, body = self.channel.answer
         self.content_length = len(body)
-        refused = self.request.error  # by waitress, so no handler has logged it
-        if refused:
-            self.request.headers["CONNECTION"] = "close"
+        error = self.request.error  # waitress refused the request, so no handler has logged it
+        if error:
+            self.request.headers["CONNECTION"] = "close"  # build_response_header() looks there
         head = self.build_response_header()
-        self.wrote_header = True
+        self.wrote_header = True  # else finish() writes it again
         self.channel.write_soon(head + body)  # in one packet, if it fits
-        what = refused.body if refused else self.request.first_line
-        level = logging.WARNING if refused else logging.INFO
+        what = error.body if error else self.request.first_line
+        level = logging.WARNING if error else logging.INFO
         log.log(level, "%s %s %.300a", self.status[:3], self.channel.addr[0], what)
 
 
@@ -734,7 +743,7 @@ class Connection(HTTPChannel):
     answer: tuple[str, list[tuple[str, str]], bytes]  # status with its title, headers, body
 
     def is_ready(self) -> bool:
-        """Tell whether the answer before is sent, or its client has left."""
+        """Tell whether the previous answer is sent, or the client has left."""
         return not self.connected or not self.writable()
 
     def is_busy(self) -> bool:
@@ -747,12 +756,12 @@ class Connection(HTTPChannel):
         if first.error:  # waitress refuses it, and no app sees it
             status = first.error.code
             headers = [*HEADERS.items(), ("Content-Type", PROBLEM)]
-            body = render(status, first.error.body).encode()
+            body = problem_body(status, first.error.body).encode()
             self.answer = f"{status} {HTTP_CODES[status]}", headers, body
             return status
         environ = WSGITask(self, first).get_environment()
-        environ["wsgi.input"].seek(0)  # it was read before if this is asked again
-        begun: list = []
+        environ["wsgi.input"].seek(0)  # a second ask() reads the body again
+        begun: list = []  # what the app gives to start_response(): status and headers
         body = b"".join(self.server.application(environ, lambda *given: begun.extend(given)))
         self.answer = begun[0], begun[1], body
         return int(begun[0][:3])
@@ -763,19 +772,19 @@ class Server:
 
     A turn receives what has come, asks the app about all of it in one transaction, commits, and
     only then answers. So messages that come together share a disk sync. If the transaction fails,
-    each request is asked about again, by itself. waitress's own thread with a commit for each
-    message reaches 0.76, 0.45 and 0.19 of the rate with 1, 3 and 20 senders.
+    each request is asked about again, by itself. With a commit for each message, waitress's own
+    thread has 0.76, 0.45 and 0.19 of this server's rate for 1, 3 and 20 senders.
 
     waitress polls, accepts, parses and sends. Three things of it are replaced: its threads by
-    turn(), as there is one writer; its tasks by Answer, as an answer waits for the commit; its
-    sweep by close_silent(), as waitress's spares who never reads.
+    turn(), as there is one writer; its tasks by Answer, as an answer waits for the commit; and its
+    closing of silent connections by close_silent(), as it never closes one with an unread answer.
     """
 
     def __init__(self, app: Bottle, store: Store, sockets: list[socket.socket]):
         self.store, self.stopping = store, False
         self.arrived: list[Connection] = []  # each with a whole request, in order of arrival
         self.map: dict[int, Any] = {}  # what waitress polls
-        create_server(app, map=self.map, sockets=sockets, **WAITRESS)
+        create_server(app, map=self.map, sockets=sockets, **WAITRESS)  # puts listeners in the map
         self.listeners = [each for each in self.map.values() if each.accepting]
         for listener in self.listeners:
             listener.channel_class, listener.add_task = Connection, self.arrived.append
@@ -790,7 +799,7 @@ class Server:
         """Serve until stopped. Then answer what is under way, within the grace period."""
         while not self.stopping:
             self.turn()
-        self.receive(0)
+        self.receive(0)  # accepts the connections that wait
         for listener in self.listeners:
             listener.close()
         end = time.monotonic() + GRACE_PERIOD
@@ -801,24 +810,25 @@ class Server:
         """Receive what comes, and answer what is ready, up to MAX_TURN requests."""
         self.receive(0 if any(each.is_ready() for each in self.arrived) else IDLE)
         ready = [each for each in self.arrived if each.is_ready()][:MAX_TURN]
-        self.arrived[:] = [each for each in self.arrived if each not in ready]
+        self.arrived[:] = [each for each in self.arrived if each not in ready]  # add_task has it
         if not ready:
             return
         try:
             with self.store.transaction():
-                if any(connection.ask() >= 500 for connection in ready):
-                    raise Unavailable("a request failed")  # to roll back
-        except (Unavailable, sqlite3.Error):
+                for connection in ready:
+                    if connection.ask() >= 500:
+                        raise Unavailable("a request failed")  # to roll back; nobody reads it
+        except (Unavailable, sqlite3.Error):  # sqlite3.Error: the COMMIT failed for another reason
             for connection in ready:
                 connection.ask()
         for connection in ready:
             connection.service()
             if connection.connected:
-                connection.handle_write()
+                connection.handle_write()  # now, not in the next turn
 
     def receive(self, seconds: float) -> None:
         """Poll, and again while connections come, as each brings a request."""
-        for _ in range(MAX_TURN):
+        for _ in range(MAX_TURN):  # polls; a flood of connections does not hold up answers
             known = len(self.map)
             wasyncore.loop(seconds, use_poll=True, map=self.map, count=1)
             self.close_silent()
@@ -827,10 +837,10 @@ class Server:
             seconds = 0
 
     def close_silent(self) -> None:
-        """Close who is silent for too long, and if there are too many, who is silent longest.
+        """Close connections that are silent for too long, and the most silent of too many.
 
-        This runs between two polls. Within a poll, a new connection could get the number of a
-        closed one, and what happened to that one.
+        This runs between two polls. Within a poll, a new connection could get the file descriptor
+        of a closed one, and then its events.
         """
         now = time.time()
         connections = [each for each in self.map.values() if not each.accepting]
@@ -846,14 +856,15 @@ class Server:
 
 
 def listen(host: str, port: int) -> list[socket.socket]:
-    """Return sockets that listen on a host; localhost is every loopback address. Raise OSError."""
+    """Return sockets that listen on a host: 127.0.0.1 and ::1 for localhost. Raise OSError."""
     sockets: list[socket.socket] = []
-    for address in ("127.0.0.1", "::1") if host == "localhost" else (host,):
+    addresses = ("127.0.0.1", "::1") if host == "localhost" else (host,)
+    for address in addresses:
         try:
             family = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0][0]
             sockets.append(socket.create_server((address, port), family=family))
         except (OSError, UnicodeError, OverflowError) as error:  # of the host or the port
-            if not sockets or getattr(error, "errno", 0) == errno.EADDRINUSE:  # else: no IPv6 here
+            if not sockets or getattr(error, "errno", 0) == errno.EADDRINUSE:  # ::1 may be missing
                 raise OSError(f"cannot listen on {address} port {port}: {error}") from error
         port = sockets[0].getsockname()[1]  # the same for both, also where the system chose it
     return sockets
@@ -861,17 +872,17 @@ def listen(host: str, port: int) -> list[socket.socket]:
 
 def main() -> None:
     """Read the options, and serve until SIGTERM or Ctrl-C."""
-    given = os.environ.get
+    env = os.environ.get
     parser = argparse.ArgumentParser(
         description="Take in what rockets send, and serve their state as JSON.",
         epilog="HOST, PORT and DATABASE in the environment stand in for the options.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.error = lambda why: sys.exit(f"rockets: {why}")  # one line, as for all that cannot work
+    parser.error = lambda why: sys.exit(f"rockets: {why}")  # one line, like every other error
     option = parser.add_argument
-    option("--host", default=given("HOST") or "localhost", help="address to listen on")
-    option("--port", default=given("PORT") or "8088", type=int, help="0 takes any free one")
-    option("--database", default=given("DATABASE") or "rockets.db", help="SQLite file")
+    option("--host", default=env("HOST") or "localhost", help="address to listen on")
+    option("--port", default=env("PORT") or "8088", type=int, help="0 takes any free one")
+    option("--database", default=env("DATABASE") or "rockets.db", help="SQLite file")
     option("--reset", action="store_true", help="start from an empty database")
     option("--verbose", action="store_true", help="log each request")
     options = parser.parse_args()
