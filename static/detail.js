@@ -96,7 +96,7 @@ function showFacts(rocket) {
   setText(byId("fact-mission"), nameOf(rocket.mission));
   for (const key of ["launchedAt", "updatedAt"]) {
     const time = rocket[key];
-    setText(byId(`fact-${key}`), time ? local(new Date(time)) : "unknown");
+    setText(byId(`fact-${key}`), time ? local(time) : "unknown");
     byId(`fact-${key}`).title = time ? `${exact(time)}; as sent: ${time}` : "";
   }
   setText(byId("fact-lastMessageNumber"), number(rocket.lastMessageNumber));
@@ -140,7 +140,7 @@ function messageLine(entry) {
   mark.ariaHidden = "true";
   const event = element("td", `event ${entry.type === "RocketExploded" ? "bad" : ""}`, mark, text);
   if (name !== null) event.append(" ", element("bdi", "", nameOf(name)));
-  const [day, clock] = local(new Date(entry.time)).split(" ");
+  const [day, clock] = local(entry.time).split(" ");
   const time = element("td", "time", element("span", "day", `${day} `), clock);
   time.title = `${exact(entry.time)}; as sent: ${entry.time}`;
   const place = element("td", "number", number(entry.number));
