@@ -91,14 +91,21 @@ export function speedChart(holder, read) {
     },
   });
   return {
-    /** Show entries; the part that is zoomed to stays, unless they are of another rocket. */
+    /** Show entries; if they are of the same rocket, what is zoomed to and what is read stay. */
     show(shown, isOther) {
       const {min, max} = plot.scales.x;
-      const [times] = plot.data;
-      const stays = !isOther && (min > times[0] || max < times.at(-1));
+      const before = plot.data[0];
+      const stays = !isOther && (min > before[0] || max < before.at(-1));
+      const read = isOther ? null : entries[plot.cursor.idx]?.number;
       entries = shown;
-      plot.setData([timesOf(entries), entries.map(({speed}) => speed)], !stays);
-      if (stays) plot.setScale("x", {min, max});
+      const times = timesOf(entries);
+      plot.batch(() => {
+        plot.setData([times, entries.map(({speed}) => speed)], !stays);
+        if (stays) plot.setScale("x", {min, max});
+      });
+      const place = entries.findIndex((entry) => entry.number === read);
+      if (place < 0) return;
+      plot.setCursor({left: plot.valToPos(times[place], "x"), top: plot.cursor.top});
     },
   };
 }

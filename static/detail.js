@@ -27,7 +27,7 @@ export function openRocket() {
   setText(byId("detail-channel"), view.rocket);
   byId("detail").scrollTop = 0;
   byId("detail-title").focus();
-  showFacts(findRocket(view.rocket));
+  showFacts(opened, findRocket(view.rocket), "No answer about this rocket yet.");
   showMessages(opened);
 }
 
@@ -38,12 +38,12 @@ export async function refreshDetail(signal) {
   const mine = opened;
   const path = `rockets/${mine.channel}`;
   try {
-    showFacts(findRocket(mine.channel) ?? await get(path, signal));
+    showFacts(mine, findRocket(mine.channel) ?? await get(path, signal));
     await readMessages(mine, path, signal);
   } catch (error) {
     if (error.status !== 404) throw error;
     mine.messages.clear();
-    showFacts(null);
+    showFacts(mine, null, "No message has come on this channel yet.");
   }
 }
 
@@ -55,16 +55,14 @@ async function readMessages(mine, path, signal) {
   if (messages.size > count) messages.clear();  // the service began anew
   const last = trace(messages.values()).at(-1)?.number ?? 0;
   const read = async (range) => {
-    const query = new URLSearchParams({...range, limit: 1000});
-    const pages = await getPages(`${path}/messages?${query}`, signal);
+    const pages = await getPages(`${path}/messages?${new URLSearchParams(range)}`, signal);
     for (const message of pages.flatMap((page) => page.messages)) {
       messages.set(message.metadata.messageNumber, message);
     }
-    return pages.at(-1).total;
   };
-  const total = await read({after: last});
+  if (last < lastMessageNumber) await read({after: last});
   for (const range of missingRanges(trace(messages.values()))) {
-    if (messages.size >= total) break;
+    if (messages.size >= count) break;
     await read(range);
   }
   showMessages(mine);
@@ -83,10 +81,12 @@ function showMessages(mine) {
   showHistory();
 }
 
-function showFacts(rocket) {
-  opened.rocket = rocket;
+/** Show a rocket, or say why there is none to show. */
+function showFacts(mine, rocket, problem = "") {
+  mine.rocket = rocket;
+  if (mine !== opened) return;
   byId("detail-body").hidden = !rocket;
-  byId("detail-problem").hidden = rocket !== null;
+  setText(byId("detail-problem"), rocket ? "" : problem);
   if (!rocket) return;
   const missing = rocket.missingMessages;
   setText(byId("detail-title"), nameOf(rocket.type));

@@ -10,13 +10,13 @@ const KEYS_HOLD = 5000;  // ms after a key was pressed in the list
 const LOWEST_FIRST = ["channel", "type", "mission", "status"];  // of the columns sorted by
 const COLUMNS = ["channel", "type", "mission", "speed", "status", "last", "missing", "updated"];
 
-const rows = new Map();  // by channel: {row, link, cells, rocket}
+const rows = new Map();  // by channel: {row, link, cells}
 const names = {mission: [], type: []};  // that occur
 let latest = [];  // the rockets of the last answer
 let lastKey = -Infinity;  // ms, of performance.now()
 let isPointedAt = false;
 
-export const findRocket = (channel) => rows.get(channel)?.rocket ?? null;
+export const findRocket = (channel) => latest.find((rocket) => rocket.channel === channel);
 
 function makeRow(channel) {
   const link = element("a", "", channel);
@@ -62,9 +62,7 @@ export function showAge(holder, {updatedAt, status}) {
 }
 
 function showRocket(rocket) {
-  const shown = rows.get(rocket.channel);
-  const {row, cells} = shown;
-  shown.rocket = rocket;
+  const {cells} = rows.get(rocket.channel);
   showName(cells.type, rocket.type);
   showName(cells.mission, rocket.mission);
   setText(cells.speed, speedOf(rocket));

@@ -53,7 +53,7 @@ export function trace(messages) {
   });
 }
 
-const SEPARATE = 8;  // ranges
+const SEPARATE = 50;  // ranges; each is a request
 
 /** Return the ranges in which numbers are missing, the newest first, and the oldest as one. */
 export function missingRanges(entries) {
