@@ -79,7 +79,7 @@ const yRange = (plot, low, high) => [Math.min(0, low * 1.1), Math.max(1, high * 
 export function speedChart(holder, read) {
   let entries = [];
   const plot = makeChart(holder, {
-    padding: [18, 8, 0, 0],
+    padding: [18, 30, 0, 0],
     cursor: {y: false, drag: {x: true, y: false}},
     scales: {x: {range: xRange}, y: {range: yRange}},
     axes: [{...axis, size: 40, space: 84, values: timeLabels}, {...axis, size: 66}],

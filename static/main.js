@@ -21,6 +21,7 @@ let lastGood = 0;  // ms, when the last answer came; 0 before the first
 let failure = null;  // of the last poll
 let listed = "";  // the path of the list that is shown
 let wasStale = false;
+let unsaved = "";  // why the last file was not saved
 
 /** Show what the service has, then again in a second. A newer poll ends the one under way. */
 async function poll() {
@@ -63,6 +64,7 @@ async function refresh(signal) {
 
 /** Follow the view, which the watcher has changed. */
 function follow() {
+  unsaved = "";
   settle(view.rocket);
   showChoices(isNews);
   openRocket();
@@ -93,18 +95,21 @@ function showConnection() {
 }
 
 function notice() {
+  if (unsaved) return unsaved;
   if (failure?.status === 400) return `The service says: ${failure.message}.`;
   const isOther = failure && listed && listPath() !== listed;
   return isOther ? "Your choice has had no answer: the list is as before." : "";
 }
 
 async function saveAs(kind) {
+  unsaved = "";
   try {
     const {name, type, text} = await makeFile(kind, AbortSignal.timeout(60000));
     save(name, type, text);
   } catch (error) {
-    setText(byId("notice"), `Nothing was saved: ${error.message}`);
+    unsaved = `Nothing was saved: ${error.message}`;
   }
+  showConnection();
 }
 
 byId("as-csv").addEventListener("click", () => saveAs("csv"));
