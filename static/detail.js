@@ -104,11 +104,9 @@ function showFacts(mine, rocket, problem = "") {
 }
 
 function showReading(entry) {
-  const entries = opened?.entries ?? [];
-  const isKnown = entries.some(({speed}) => speed !== null);
-  const hint = !entries.length ? "The history has not been read yet."
-    : !isKnown ? "The speed is unknown until the launch message arrives."
-    : "Point at the curve to read it; drag to look closer, click twice to see all.";
+  const isKnown = opened?.entries.some(({speed}) => speed !== null);
+  const hint = isKnown ? "Point at the curve to read it; drag to look closer, click twice to see all."
+    : "The speed is not known yet.";
   const told = entry && `${exact(entry.time)} · ${number(entry.number)}: ${describe(entry)}`;
   setText(byId("readout"), entry ? `${told} → speed ${speedText(entry)}` : hint);
 }
@@ -135,10 +133,8 @@ function showHistory() {
 }
 
 function messageLine(entry) {
-  const [sign, text, name] = tell(entry);
-  const mark = element("span", "sign", sign);
-  mark.ariaHidden = "true";
-  const event = element("td", `event ${entry.type === "RocketExploded" ? "bad" : ""}`, mark, text);
+  const [text, name] = tell(entry);
+  const event = element("td", `event ${entry.type === "RocketExploded" ? "bad" : ""}`, text);
   if (name !== null) event.append(" ", element("bdi", "", nameOf(name)));
   const [day, clock] = local(entry.time).split(" ");
   const time = element("td", "time", element("span", "day", `${day} `), clock);

@@ -124,8 +124,8 @@ export function showList({rockets, total}, fleet, isOther) {
   setText(byId("matches"), set.length ? `${number(total)} of ${all}: ${set.join(", ")}` : all);
 }
 
-/** Show what follows from the view, and which rockets have exploded since the page was opened. */
-export function showChoices(isNews) {
+/** Show what follows from the view. */
+export function showChoices() {
   for (const key of FILTERS) {
     const control = byId(key);
     if (key in names) showNames(key);
@@ -139,7 +139,6 @@ export function showChoices(isNews) {
   for (const [channel, {row, link}] of rows) {
     link.href = addressOf({rocket: channel});
     row.classList.toggle("open", channel === view.rocket);
-    row.classList.toggle("new", isNews(channel));
   }
 }
 

@@ -4,7 +4,7 @@ import {listPath, view, watchAddress} from "./address.js";
 import {Failure, get} from "./api.js";
 import {openRocket, refreshDetail, startDetail, titleOfOpened} from "./detail.js";
 import {announce, byId, save, setText} from "./dom.js";
-import {countNews, isNews, settle, startExplosions, watchExplosions} from "./explosions.js";
+import {countNews, settle, startExplosions, watchExplosions} from "./explosions.js";
 import {makeFile} from "./export.js";
 import {duration} from "./format.js";
 import {showChoices, showList, startList} from "./list.js";
@@ -58,7 +58,7 @@ async function refresh(signal) {
   if (!list || signal.aborted) return;
   showList(list, fleet, path !== listed);
   listed = path;
-  showChoices(isNews);
+  showChoices();
   if (view.rocket) await refreshDetail(signal);
 }
 
@@ -66,7 +66,7 @@ async function refresh(signal) {
 function follow() {
   unsaved = "";
   settle(view.rocket);
-  showChoices(isNews);
+  showChoices();
   openRocket();
   showConnection();
   clearTimeout(timer);
