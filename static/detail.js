@@ -105,8 +105,8 @@ function showFacts(mine, rocket, problem = "") {
 
 function showReading(entry) {
   const isKnown = opened?.entries.some(({speed}) => speed !== null);
-  const hint = isKnown ? "Point at the curve to read it; drag to look closer, click twice to see all."
-    : "The speed is not known yet.";
+  const how = "Point at the curve to read it; drag to look closer, click twice to see all.";
+  const hint = isKnown ? how : "The speed is not known yet.";
   const told = entry && `${exact(entry.time)} · ${number(entry.number)}: ${describe(entry)}`;
   setText(byId("readout"), entry ? `${told} → speed ${speedText(entry)}` : hint);
 }

@@ -30,8 +30,6 @@ export function duration(milliseconds) {
   return `${number(Math.max(0, Math.floor(milliseconds / length)))} ${name}`;
 }
 
-export const age = (time) => Date.now() - Date.parse(time);
-
 /** Return a local date and time, as "2026-11-25 14:03:39". */
 export const local = (time) => SECONDS.format(new Date(time));
 

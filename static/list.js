@@ -2,7 +2,7 @@
 
 import {FILTERS, addressOf, go, view} from "./address.js";
 import {byId, element, setText} from "./dom.js";
-import {STATUSES, age, duration, exact, isolated, nameOf, number, plural} from "./format.js";
+import {STATUSES, duration, exact, isolated, nameOf, number, plural} from "./format.js";
 import {PAGE, addPager, showPager} from "./pager.js";
 
 const SILENT = 5 * 60000;  // ms without a message after which a rocket is marked
@@ -55,7 +55,7 @@ export function showStatus(holder, {status, explosionReason}) {
 
 /** Tell how long ago the last message was; a rocket in flight that is silent is marked. */
 export function showAge(holder, {updatedAt, status}) {
-  const passed = age(updatedAt);
+  const passed = Date.now() - Date.parse(updatedAt);
   const isSilent = status !== "exploded" && passed > SILENT;
   setText(holder, isSilent ? `silent for ${duration(passed)}` : `${duration(passed)} ago`);
   holder.classList.toggle("doubt", isSilent);

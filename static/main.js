@@ -10,14 +10,13 @@ import {duration} from "./format.js";
 import {showChoices, showList, startList} from "./list.js";
 import {addSample, showTotals} from "./totals.js";
 
-const POLL = 1000;  // ms from one poll to the next
+const POLL = 1000;  // ms from the end of a poll to the next
 const TYPING = 200;  // ms without a key, after which a search begins
 const SILENCE = 3000;  // ms without an answer, after which the page says so
-const started = Date.now();
 
 let timer = 0;
 let controller = new AbortController();  // of the poll under way
-let lastGood = 0;  // ms, when the last answer came; 0 before the first
+let lastGood = 0;  // ms from the opening of the page to the last answer; 0 before the first
 let failure = null;  // of the last poll
 let listed = "";  // the path of the list that is shown
 let wasStale = false;
@@ -29,7 +28,6 @@ async function poll() {
   controller.abort();
   controller = new AbortController();
   const {signal} = controller;
-  const began = performance.now();
   try {
     await refresh(signal);
     failure = null;
@@ -41,7 +39,7 @@ async function poll() {
   if (signal.aborted) return;
   if (failure) addSample(null);
   showConnection();
-  timer = setTimeout(poll, Math.max(0, POLL - (performance.now() - began)));
+  timer = setTimeout(poll, POLL);
 }
 
 /** Ask for the fleet and the list, and for what is new of the rocket that is open. */
@@ -52,7 +50,7 @@ async function refresh(signal) {
     document.hidden ? null : get(path, signal),
   ]);
   if (signal.aborted) return;
-  lastGood = Date.now();
+  lastGood = performance.now();
   showTotals(fleet);
   await watchExplosions(fleet.statuses, signal);
   if (!list || signal.aborted) return;
@@ -74,7 +72,7 @@ function follow() {
 }
 
 function showConnection() {
-  const passed = Date.now() - (lastGood || started);
+  const passed = performance.now() - lastGood;
   const long = duration(passed);
   const isRefused = failure?.status === 400;  // the notice tells
   const isStale = (failure !== null && !isRefused) || (passed > SILENCE && !document.hidden);
