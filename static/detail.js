@@ -106,7 +106,7 @@ function showFacts(mine, rocket, problem = "") {
 function showReading(entry) {
   const isKnown = opened?.entries.some(({speed}) => speed !== null);
   const how = "Point at the curve to read it; drag to look closer, click twice to see all.";
-  const hint = isKnown ? how : "The speed is not known yet.";
+  const hint = isKnown ? how : "There is nothing to draw yet.";
   const told = entry && `${exact(entry.time)} · ${number(entry.number)}: ${describe(entry)}`;
   setText(byId("readout"), entry ? `${told} → speed ${speedText(entry)}` : hint);
 }

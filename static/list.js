@@ -78,12 +78,11 @@ function showRocket(rocket) {
   showAge(cells.updated, rocket);
 }
 
-const isHeld = () => isPointedAt || performance.now() - lastKey < KEYS_HOLD;
-
 /** Show the last answer. While the order is held, what is new comes at the end. */
 function showRows(isOther = false) {
   const wanted = latest.map(({channel}) => channel);
-  const held = isHeld() && !isOther ? [...rows.keys()] : [];
+  const isHeld = isPointedAt || performance.now() - lastKey < KEYS_HOLD;
+  const held = isHeld && !isOther ? [...rows.keys()] : [];
   const channels = new Set([...held, ...wanted].slice(0, Math.max(held.length, PAGE)));
   for (const [channel, {row}] of rows) if (!channels.has(channel)) row.remove();
   const before = new Map(rows);
