@@ -1,10 +1,8 @@
 // The two charts, drawn by uPlot; what is marked in them is drawn by hand on its canvas.
 
-import {exact, nameOf, number} from "./format.js";
+import {local, nameOf, number} from "./format.js";
 
 /* global uPlot */
-
-const ROOM = 34;  // px, the least width between two marks of missions
 
 const colour = (name) => getComputedStyle(document.body).getPropertyValue(name).trim();
 const pixels = (count) => count * devicePixelRatio;
@@ -53,16 +51,9 @@ export function rateChart(holder) {
 
 // Speed over time /////////////////////////////////////////////////////////////////////////////////
 
-/** Return the labels of a time axis, with the date below where it changes. */
-function timeLabels(plot, splits, index, space, step) {
-  let day = "";
-  return splits.map((seconds) => {
-    const [date, clock] = exact(seconds * 1000).split(" ");
-    const label = clock.slice(0, step < 60 ? 8 : 5);
-    const isSame = date === day;
-    day = date;
-    return isSame ? label : `${label}\n${date}`;
-  });
+/** Return the labels of a time axis: the time, and the date below it. */
+function timeLabels(plot, times) {
+  return times.map((seconds) => local(seconds * 1000).split(" ").reverse().join("\n"));
 }
 
 /** Return a time for each entry, in seconds; one that runs backwards counts as the one before. */
@@ -79,7 +70,7 @@ const yRange = (plot, low, high) => [Math.min(0, low * 1.1), Math.max(1, high * 
 export function speedChart(holder, read) {
   let entries = [];
   const plot = makeChart(holder, {
-    padding: [18, 8, 0, 0],
+    padding: [18, 30, 0, 0],
     cursor: {y: false, drag: {x: true, y: false}},
     scales: {x: {range: xRange}, y: {range: yRange}},
     axes: [{...axis, size: 40, space: 84, values: timeLabels}, {...axis, size: 66}],
@@ -91,14 +82,21 @@ export function speedChart(holder, read) {
     },
   });
   return {
-    /** Show entries; the part that is zoomed to stays, unless they are of another rocket. */
+    /** Show entries; if they are of the same rocket, what is zoomed to and what is read stay. */
     show(shown, isOther) {
       const {min, max} = plot.scales.x;
-      const [times] = plot.data;
-      const stays = !isOther && (min > times[0] || max < times.at(-1));
+      const before = plot.data[0];
+      const stays = !isOther && (min > before[0] || max < before.at(-1));
+      const read = isOther ? null : entries[plot.cursor.idx]?.number;
       entries = shown;
-      plot.setData([timesOf(entries), entries.map(({speed}) => speed)], !stays);
-      if (stays) plot.setScale("x", {min, max});
+      const times = timesOf(entries);
+      plot.batch(() => {
+        plot.setData([times, entries.map(({speed}) => speed)], !stays);
+        if (stays) plot.setScale("x", {min, max});
+      });
+      const place = entries.findIndex((entry) => entry.number === read);
+      if (place < 0) return;
+      plot.setCursor({left: plot.valToPos(times[place], "x"), top: plot.cursor.top});
     },
   };
 }
@@ -135,21 +133,18 @@ function drawGaps(ctx, entries, box, x) {
   ctx.stroke();
 }
 
-/** Mark where missions begin, as far as there is room, and name those that have room. */
+/** Mark where missions begin whose name has room until the next. */
 function drawMissions(ctx, entries, box, x) {
   const named = entries.flatMap(({mission}, place) => (mission ? [{mission, at: x(place)}] : []));
   ctx.strokeStyle = colour("--edge");
   ctx.fillStyle = colour("--soft");
   ctx.setLineDash([pixels(2), pixels(3)]);
-  let free = -Infinity;  // where the next mark may stand
   named.forEach(({mission, at}, place) => {
-    const end = Math.min(named[place + 1]?.at ?? box.right, box.right);
-    const left = Math.max(at, box.left);  // a mission may have begun before what is shown
     const name = nameOf(mission);
-    const hasRoom = left + ctx.measureText(name).width + pixels(8) < end;
-    if (hasRoom) ctx.fillText(name, left + pixels(4), box.top - pixels(6));
-    if (at < box.left || at > box.right || (at < free && !hasRoom)) return;
-    free = at + pixels(ROOM);
+    const left = Math.max(at, box.left) + pixels(4);  // it may begin before what is shown
+    const end = Math.min(named[place + 1]?.at ?? box.right, box.right);
+    if (left + ctx.measureText(name).width + pixels(4) > end) return;
+    ctx.fillText(name, left, box.top - pixels(6));
     ctx.moveTo(at, 0);
     ctx.lineTo(at, box.bottom);
   });

@@ -27,7 +27,7 @@ export function openRocket() {
   setText(byId("detail-channel"), view.rocket);
   byId("detail").scrollTop = 0;
   byId("detail-title").focus();
-  showFacts(findRocket(view.rocket));
+  showFacts(opened, findRocket(view.rocket), "No answer about this rocket yet.");
   showMessages(opened);
 }
 
@@ -38,12 +38,12 @@ export async function refreshDetail(signal) {
   const mine = opened;
   const path = `rockets/${mine.channel}`;
   try {
-    showFacts(findRocket(mine.channel) ?? await get(path, signal));
+    showFacts(mine, findRocket(mine.channel) ?? await get(path, signal));
     await readMessages(mine, path, signal);
   } catch (error) {
     if (error.status !== 404) throw error;
     mine.messages.clear();
-    showFacts(null);
+    showFacts(mine, null, "No message has come on this channel yet.");
   }
 }
 
@@ -55,16 +55,14 @@ async function readMessages(mine, path, signal) {
   if (messages.size > count) messages.clear();  // the service began anew
   const last = trace(messages.values()).at(-1)?.number ?? 0;
   const read = async (range) => {
-    const query = new URLSearchParams({...range, limit: 1000});
-    const pages = await getPages(`${path}/messages?${query}`, signal);
+    const pages = await getPages(`${path}/messages?${new URLSearchParams(range)}`, signal);
     for (const message of pages.flatMap((page) => page.messages)) {
       messages.set(message.metadata.messageNumber, message);
     }
-    return pages.at(-1).total;
   };
-  const total = await read({after: last});
+  if (last < lastMessageNumber) await read({after: last});
   for (const range of missingRanges(trace(messages.values()))) {
-    if (messages.size >= total) break;
+    if (messages.size >= count) break;
     await read(range);
   }
   showMessages(mine);
@@ -83,10 +81,12 @@ function showMessages(mine) {
   showHistory();
 }
 
-function showFacts(rocket) {
-  opened.rocket = rocket;
+/** Show a rocket, or say why there is none to show. */
+function showFacts(mine, rocket, problem = "") {
+  mine.rocket = rocket;
+  if (mine !== opened) return;
   byId("detail-body").hidden = !rocket;
-  byId("detail-problem").hidden = rocket !== null;
+  setText(byId("detail-problem"), rocket ? "" : problem);
   if (!rocket) return;
   const missing = rocket.missingMessages;
   setText(byId("detail-title"), nameOf(rocket.type));
@@ -96,7 +96,7 @@ function showFacts(rocket) {
   setText(byId("fact-mission"), nameOf(rocket.mission));
   for (const key of ["launchedAt", "updatedAt"]) {
     const time = rocket[key];
-    setText(byId(`fact-${key}`), time ? local(new Date(time)) : "unknown");
+    setText(byId(`fact-${key}`), time ? local(time) : "unknown");
     byId(`fact-${key}`).title = time ? `${exact(time)}; as sent: ${time}` : "";
   }
   setText(byId("fact-lastMessageNumber"), number(rocket.lastMessageNumber));
@@ -104,11 +104,9 @@ function showFacts(rocket) {
 }
 
 function showReading(entry) {
-  const entries = opened?.entries ?? [];
-  const isKnown = entries.some(({speed}) => speed !== null);
-  const hint = !entries.length ? "The history has not been read yet."
-    : !isKnown ? "The speed is unknown until the launch message arrives."
-    : "Point at the curve to read it; drag to look closer, click twice to see all.";
+  const isKnown = opened?.entries.some(({speed}) => speed !== null);
+  const how = "Point at the curve to read it; drag to look closer, click twice to see all.";
+  const hint = isKnown ? how : "There is nothing to draw yet.";
   const told = entry && `${exact(entry.time)} · ${number(entry.number)}: ${describe(entry)}`;
   setText(byId("readout"), entry ? `${told} → speed ${speedText(entry)}` : hint);
 }
@@ -135,12 +133,10 @@ function showHistory() {
 }
 
 function messageLine(entry) {
-  const [sign, text, name] = tell(entry);
-  const mark = element("span", "sign", sign);
-  mark.ariaHidden = "true";
-  const event = element("td", `event ${entry.type === "RocketExploded" ? "bad" : ""}`, mark, text);
+  const [text, name] = tell(entry);
+  const event = element("td", `event ${entry.type === "RocketExploded" ? "bad" : ""}`, text);
   if (name !== null) event.append(" ", element("bdi", "", nameOf(name)));
-  const [day, clock] = local(new Date(entry.time)).split(" ");
+  const [day, clock] = local(entry.time).split(" ");
   const time = element("td", "time", element("span", "day", `${day} `), clock);
   time.title = `${exact(entry.time)}; as sent: ${entry.time}`;
   const place = element("td", "number", number(entry.number));

@@ -14,8 +14,6 @@ const news = new Map();  // by channel: a rocket that exploded since
 let counted = null;  // exploded rockets, by the last answer; null before the first
 let unnamed = 0;  // explosions that are not among the newest, by the times in their messages
 
-export const isNews = (channel) => news.has(channel);
-
 export const countNews = () => news.size + unnamed;
 
 /** Look which rockets exploded, if there are more than there were. Raise Failure. */

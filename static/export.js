@@ -32,7 +32,7 @@ const KINDS = {  // by ending: the type, and what writes it
 export async function makeFile(kind, signal) {
   const pages = await getPages(listPath(1000, 0), signal);
   const all = new Map(pages.flatMap(({rockets}) => rockets).map((each) => [each.channel, each]));
-  const now = local(new Date()).replaceAll(":", "").replace(" ", "T");
+  const now = local(Date.now()).replaceAll(":", "").replace(" ", "T");
   const [type, write] = KINDS[kind];
   return {name: `rockets-${now}.${kind}`, type, text: write([...all.values()])};
 }

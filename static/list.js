@@ -2,7 +2,7 @@
 
 import {FILTERS, addressOf, go, view} from "./address.js";
 import {byId, element, setText} from "./dom.js";
-import {STATUSES, age, duration, exact, isolated, nameOf, number, plural} from "./format.js";
+import {STATUSES, duration, exact, isolated, nameOf, number, plural} from "./format.js";
 import {PAGE, addPager, showPager} from "./pager.js";
 
 const SILENT = 5 * 60000;  // ms without a message after which a rocket is marked
@@ -10,13 +10,13 @@ const KEYS_HOLD = 5000;  // ms after a key was pressed in the list
 const LOWEST_FIRST = ["channel", "type", "mission", "status"];  // of the columns sorted by
 const COLUMNS = ["channel", "type", "mission", "speed", "status", "last", "missing", "updated"];
 
-const rows = new Map();  // by channel: {row, link, cells, rocket}
+const rows = new Map();  // by channel: {row, link, cells}
 const names = {mission: [], type: []};  // that occur
 let latest = [];  // the rockets of the last answer
 let lastKey = -Infinity;  // ms, of performance.now()
 let isPointedAt = false;
 
-export const findRocket = (channel) => rows.get(channel)?.rocket ?? null;
+export const findRocket = (channel) => latest.find((rocket) => rocket.channel === channel);
 
 function makeRow(channel) {
   const link = element("a", "", channel);
@@ -55,16 +55,14 @@ export function showStatus(holder, {status, explosionReason}) {
 
 /** Tell how long ago the last message was; a rocket in flight that is silent is marked. */
 export function showAge(holder, {updatedAt, status}) {
-  const passed = age(updatedAt);
+  const passed = Date.now() - Date.parse(updatedAt);
   const isSilent = status !== "exploded" && passed > SILENT;
   setText(holder, isSilent ? `silent for ${duration(passed)}` : `${duration(passed)} ago`);
   holder.classList.toggle("doubt", isSilent);
 }
 
 function showRocket(rocket) {
-  const shown = rows.get(rocket.channel);
-  const {row, cells} = shown;
-  shown.rocket = rocket;
+  const {cells} = rows.get(rocket.channel);
   showName(cells.type, rocket.type);
   showName(cells.mission, rocket.mission);
   setText(cells.speed, speedOf(rocket));
@@ -80,12 +78,11 @@ function showRocket(rocket) {
   showAge(cells.updated, rocket);
 }
 
-const isHeld = () => isPointedAt || performance.now() - lastKey < KEYS_HOLD;
-
 /** Show the last answer. While the order is held, what is new comes at the end. */
 function showRows(isOther = false) {
   const wanted = latest.map(({channel}) => channel);
-  const held = isHeld() && !isOther ? [...rows.keys()] : [];
+  const isHeld = isPointedAt || performance.now() - lastKey < KEYS_HOLD;
+  const held = isHeld && !isOther ? [...rows.keys()] : [];
   const channels = new Set([...held, ...wanted].slice(0, Math.max(held.length, PAGE)));
   for (const [channel, {row}] of rows) if (!channels.has(channel)) row.remove();
   const before = new Map(rows);
@@ -126,8 +123,8 @@ export function showList({rockets, total}, fleet, isOther) {
   setText(byId("matches"), set.length ? `${number(total)} of ${all}: ${set.join(", ")}` : all);
 }
 
-/** Show what follows from the view, and which rockets have exploded since the page was opened. */
-export function showChoices(isNews) {
+/** Show what follows from the view. */
+export function showChoices() {
   for (const key of FILTERS) {
     const control = byId(key);
     if (key in names) showNames(key);
@@ -141,7 +138,6 @@ export function showChoices(isNews) {
   for (const [channel, {row, link}] of rows) {
     link.href = addressOf({rocket: channel});
     row.classList.toggle("open", channel === view.rocket);
-    row.classList.toggle("new", isNews(channel));
   }
 }
 

@@ -4,23 +4,23 @@ import {listPath, view, watchAddress} from "./address.js";
 import {Failure, get} from "./api.js";
 import {openRocket, refreshDetail, startDetail, titleOfOpened} from "./detail.js";
 import {announce, byId, save, setText} from "./dom.js";
-import {countNews, isNews, settle, startExplosions, watchExplosions} from "./explosions.js";
+import {countNews, settle, startExplosions, watchExplosions} from "./explosions.js";
 import {makeFile} from "./export.js";
 import {duration} from "./format.js";
 import {showChoices, showList, startList} from "./list.js";
 import {addSample, showTotals} from "./totals.js";
 
-const POLL = 1000;  // ms from one poll to the next
+const POLL = 1000;  // ms from the end of a poll to the next
 const TYPING = 200;  // ms without a key, after which a search begins
 const SILENCE = 3000;  // ms without an answer, after which the page says so
-const started = Date.now();
 
 let timer = 0;
 let controller = new AbortController();  // of the poll under way
-let lastGood = 0;  // ms, when the last answer came; 0 before the first
+let lastGood = 0;  // ms from the opening of the page to the last answer; 0 before the first
 let failure = null;  // of the last poll
 let listed = "";  // the path of the list that is shown
 let wasStale = false;
+let unsaved = "";  // why the last file was not saved
 
 /** Show what the service has, then again in a second. A newer poll ends the one under way. */
 async function poll() {
@@ -28,7 +28,6 @@ async function poll() {
   controller.abort();
   controller = new AbortController();
   const {signal} = controller;
-  const began = performance.now();
   try {
     await refresh(signal);
     failure = null;
@@ -40,7 +39,7 @@ async function poll() {
   if (signal.aborted) return;
   if (failure) addSample(null);
   showConnection();
-  timer = setTimeout(poll, Math.max(0, POLL - (performance.now() - began)));
+  timer = setTimeout(poll, POLL);
 }
 
 /** Ask for the fleet and the list, and for what is new of the rocket that is open. */
@@ -51,20 +50,21 @@ async function refresh(signal) {
     document.hidden ? null : get(path, signal),
   ]);
   if (signal.aborted) return;
-  lastGood = Date.now();
+  lastGood = performance.now();
   showTotals(fleet);
   await watchExplosions(fleet.statuses, signal);
   if (!list || signal.aborted) return;
   showList(list, fleet, path !== listed);
   listed = path;
-  showChoices(isNews);
+  showChoices();
   if (view.rocket) await refreshDetail(signal);
 }
 
 /** Follow the view, which the watcher has changed. */
 function follow() {
+  unsaved = "";
   settle(view.rocket);
-  showChoices(isNews);
+  showChoices();
   openRocket();
   showConnection();
   clearTimeout(timer);
@@ -72,7 +72,7 @@ function follow() {
 }
 
 function showConnection() {
-  const passed = Date.now() - (lastGood || started);
+  const passed = performance.now() - lastGood;
   const long = duration(passed);
   const isRefused = failure?.status === 400;  // the notice tells
   const isStale = (failure !== null && !isRefused) || (passed > SILENCE && !document.hidden);
@@ -93,18 +93,21 @@ function showConnection() {
 }
 
 function notice() {
+  if (unsaved) return unsaved;
   if (failure?.status === 400) return `The service says: ${failure.message}.`;
   const isOther = failure && listed && listPath() !== listed;
   return isOther ? "Your choice has had no answer: the list is as before." : "";
 }
 
 async function saveAs(kind) {
+  unsaved = "";
   try {
     const {name, type, text} = await makeFile(kind, AbortSignal.timeout(60000));
     save(name, type, text);
   } catch (error) {
-    setText(byId("notice"), `Nothing was saved: ${error.message}`);
+    unsaved = `Nothing was saved: ${error.message}`;
   }
+  showConnection();
 }
 
 byId("as-csv").addEventListener("click", () => saveAs("csv"));

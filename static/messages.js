@@ -2,31 +2,27 @@
 
 import {isolated, number} from "./format.js";
 
-// By type: its sign; what it tells, with the name in it or null; whether "by" adds to the speed
-// or takes from it; and the field that names a mission.
-export const MESSAGE_TYPES = {
-  __proto__: null,
+// By type: what it tells, with the name in it or null; whether "by" adds to the speed or takes from
+// it; and the field that names a mission.
+const MESSAGE_TYPES = {
   RocketLaunched: {
-    sign: "●", mission: "mission",
     tell: ({launchSpeed, mission}) => [`Launched at ${number(launchSpeed)} for`, mission],
+    mission: "mission",
   },
-  RocketSpeedIncreased: {sign: "▲", by: 1, tell: ({by}) => [`Speed +${number(by)}`, null]},
-  RocketSpeedDecreased: {sign: "▼", by: -1, tell: ({by}) => [`Speed −${number(by)}`, null]},
-  RocketExploded: {sign: "✖", tell: ({reason}) => ["Exploded:", reason]},
+  RocketSpeedIncreased: {tell: ({by}) => [`Speed +${number(by)}`, null], by: 1},
+  RocketSpeedDecreased: {tell: ({by}) => [`Speed −${number(by)}`, null], by: -1},
+  RocketExploded: {tell: ({reason}) => ["Exploded:", reason]},
   RocketMissionChanged: {
-    sign: "◆", mission: "newMission",
     tell: ({newMission}) => ["Mission is now", newMission],
+    mission: "newMission",
   },
 };
 
-/** Return what a message tells: a sign, a text, and the name in it or null. */
-export function tell({type, message}) {
-  const {sign, tell: say} = MESSAGE_TYPES[type] ?? {sign: "", tell: () => [type, null]};
-  return [sign, ...say(message)];
-}
+/** Return what a message tells: a text, and the name in it or null. */
+export const tell = ({type, message}) => MESSAGE_TYPES[type].tell(message);
 
 export function describe(entry) {
-  const [, text, name] = tell(entry);
+  const [text, name] = tell(entry);
   return name === null ? text : `${text} ${isolated(name)}`;
 }
 
@@ -42,7 +38,7 @@ export function trace(messages) {
   let launchSpeed = null;
   return sorted.map(({metadata, message}) => {
     const {messageNumber, messageTime: time, messageType: type} = metadata;
-    const kind = MESSAGE_TYPES[type] ?? {};
+    const kind = MESSAGE_TYPES[type];
     if (kind.by) changes += kind.by * message.by;
     if (type === "RocketLaunched") launchSpeed ??= message.launchSpeed;
     const speed = launchSpeed === null ? null : launchSpeed + changes;
@@ -53,7 +49,7 @@ export function trace(messages) {
   });
 }
 
-const SEPARATE = 8;  // ranges
+const SEPARATE = 50;  // ranges; each is a request
 
 /** Return the ranges in which numbers are missing, the newest first, and the oldest as one. */
 export function missingRanges(entries) {

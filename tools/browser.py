@@ -15,16 +15,10 @@ from typing import Any
 
 # Chrome first: where both are installed, it is the one whose sandbox is set up.
 NAMES = ("google-chrome", "google-chrome-stable", "chromium", "chromium-browser")
-OPTIONS = """--headless --remote-debugging-pipe --disable-gpu --disable-quic --disable-sync
-    --disable-background-networking --disable-component-update --disable-dev-shm-usage
-    --no-first-run --no-default-browser-check""".split()
+OPTIONS = """--headless --remote-debugging-pipe --window-size=1280,900 --disable-gpu
+    --disable-background-networking --disable-dev-shm-usage --no-first-run""".split()
 TIMEOUT = 60  # seconds for an answer or a condition; a busy machine may take some
-LOOK = 0.05  # seconds between two looks whether a condition is met
-EVENTS = {  # of the console: what tells of them
-    "Runtime.consoleAPICalled": "args",
-    "Runtime.exceptionThrown": "exceptionDetails",
-    "Log.entryAdded": "entry",  # violations of the page's policy, failed requests
-}
+EVENTS = ("Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded")  # of the console
 
 
 def find_chromium() -> str | None:
@@ -36,12 +30,10 @@ class Browser:
     """A browser with one page; messages are what its console was told, exceptions included."""
 
     def __init__(self, folder: Path):
-        """Name the folder for the profile, and for what is downloaded."""
+        """Start it, with a folder for its profile and for what is downloaded."""
         self.folder, self.messages = folder, []
         self.target: dict = {}  # goes with every message to the page
         self.count, self.unread = 0, b""
-
-    def __enter__(self) -> "Browser":
         read_end, self.pipe_in = os.pipe()
         self.pipe_out, write_end = os.pipe()
 
@@ -60,9 +52,8 @@ class Browser:
         for domain in ("Page", "Runtime", "Log"):
             self.call(f"{domain}.enable")
         self.call("Page.setDownloadBehavior", behavior="allow", downloadPath=str(self.folder))
-        return self
 
-    def __exit__(self, *_: Any) -> None:
+    def close(self) -> None:
         self.popen.kill()
         self.popen.wait()
         os.close(self.pipe_in)
@@ -74,7 +65,8 @@ class Browser:
         body = {"id": self.count, "method": method, "params": params, **self.target}
         os.write(self.pipe_in, json.dumps(body).encode() + b"\0")
         while (answer := self.receive()).get("id") != self.count:
-            self.note(answer.get("method"), answer.get("params", {}))
+            if answer.get("method") in EVENTS:
+                self.messages.append(json.dumps(answer["params"]))
         if "error" in answer:
             raise RuntimeError(f"{method}: {answer['error']['message']}")
         return answer["result"]
@@ -88,13 +80,6 @@ class Browser:
             self.unread += received
         first, _, self.unread = self.unread.partition(b"\0")
         return json.loads(first)
-
-    def note(self, event: str, params: dict) -> None:
-        if event in EVENTS:
-            self.messages.append(json.dumps(params[EVENTS[event]]))
-
-    def open(self, url: str) -> None:
-        self.call("Page.navigate", url=url)
 
     def evaluate(self, expression: str) -> Any:
         """Return the value of a JavaScript expression. Raise RuntimeError if it throws."""
@@ -116,7 +101,7 @@ class Browser:
                 return
             if time.monotonic() > deadline:
                 raise TimeoutError(f"{expression} is {value!r:.500}; console: {self.messages}")
-            time.sleep(LOOK)
+            time.sleep(0.05)
 
     def saved(self, pattern: str) -> Path:
         """Wait for a file that the page saves; return where. Raise TimeoutError."""
@@ -125,7 +110,7 @@ class Browser:
             for path in self.folder.glob(pattern):
                 if path.stat().st_size:  # an empty one keeps its name free
                     return path
-            time.sleep(LOOK)
+            time.sleep(0.05)
         raise TimeoutError(f"{pattern} was not saved; console: {self.messages}")
 
     def mouse(self, event: str, x: float, y: float) -> None:
@@ -143,8 +128,3 @@ class Browser:
         x, y = self.place(selector)
         for event in ("mouseMoved", "mousePressed", "mouseReleased"):
             self.mouse(event, x, y)
-
-    def resize(self, width: int, height: int) -> None:
-        """Set the viewport, in CSS pixels."""
-        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
-        self.call("Emulation.setDeviceMetricsOverride", **size)
