@@ -831,10 +831,10 @@ class Server:
         for _ in range(MAX_TURN):  # polls; a flood of connections does not hold up answers
             known = len(self.map)
             wasyncore.loop(seconds, use_poll=True, map=self.map, count=1)
-            self.close_silent()
             if len(self.map) <= known:
-                return
+                break
             seconds = 0
+        self.close_silent()
 
     def close_silent(self) -> None:
         """Close connections that are silent for too long, and the most silent of too many.
