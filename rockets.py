@@ -79,7 +79,7 @@ CREATE TABLE rockets (
 ) STRICT, WITHOUT ROWID"""
 
 # The row does not depend on the order of the messages: sums do not, and the lowest or the highest
-# number wins whenever it comes. A field that a message does not have is NULL. :type is a launch's.
+# number wins whenever it comes. A field that a message lacks is NULL. Only a launch has a :type.
 UPSERT = f"""
 INSERT INTO rockets AS old (
     channel, messageCount, speedChange,
@@ -141,7 +141,7 @@ WHERE (:status IS NULL OR status = :status) AND (:type IS NULL OR type = :type)
     AND (:mission IS NULL OR mission = :mission)
     AND (:q IS NULL OR contains(:q, channel, type, mission))"""
 COUNT_MATCHING = f"SELECT count(*) {MATCHING}"
-SORT_KEYS = {field: field for field in ROCKET_FIELDS if field != "explosionReason"}
+SORT_KEYS = {field: field for field in ROCKET_FIELDS if field != "explosionReason"}  # free text
 SORT_KEYS |= {"launchedAt": "julianday(launchedAt)", "updatedAt": "julianday(updatedAt)"}
 SELECT_ROCKETS = f"""
 SELECT CAST(json AS BLOB) {MATCHING}
@@ -157,7 +157,7 @@ WHERE channel = :channel AND messageNumber > :after AND messageNumber < :before
 ORDER BY messageNumber %(order)s LIMIT :limit + 1"""  # one more tells whether there are more
 SUMS_AGREE = """
 SELECT (SELECT count(*) FROM messages) = (SELECT coalesce(sum(messageCount), 0) FROM rockets)"""
-# total() instead of sum(), which fails beyond 2**63.
+# missingMessages needs total(), as sum() fails beyond 2**63.
 COUNT_ALL = """
 SELECT count(*), coalesce(sum(messageCount), 0), CAST(total(missingMessages) AS INTEGER)
 FROM rockets"""
@@ -172,7 +172,7 @@ ORDER BY count(*) DESC, %(field)s LIMIT 100"""  # enough for a menu
 MAX_BODY = 16 * 1024  # bytes; a real message has about 300; more than this gets a 413
 MAX_NAME = 256  # characters
 MAX_SPEED = 2**31 - 1
-DATE_AND_TIME = r"\d{4}-\d\d-\d\dT([01]\d|2[0-3]):\d\d:\d\d(\.\d+)?"  # 24:00 is none
+DATE_AND_TIME = r"\d{4}-\d\d-\d\dT([01]\d|2[0-3]):\d\d:\d\d(\.\d+)?"  # no 24:00, by RFC 3339
 UTC_OFFSET = r"(Z|[+-](0\d|1[0-3]):[0-5]\d|[+-]14:00)"  # julianday() takes no more than 14:00
 TIME_WORDS = "an RFC 3339 time with an offset up to 14:00, such as 2022-02-02T19:39:05+01:00"
 
@@ -252,7 +252,7 @@ LIST_RULES = PAGE_RULES | {
     "sort": one_of(SORT_KEYS),
     "offset": digits(0, MAX_NUMBER),
     "status": one_of(STATUSES),
-    "type": ("a text", str),
+    "type": ("a text", str),  # each value of a query is one, so this never fails
     "mission": ("a text", str),
     "q": text(SEARCH_WORDS, rf"(?s).{{0,{MAX_SEARCH}}}", str.casefold),
 }
@@ -284,8 +284,7 @@ def parse_message(body: bytes) -> dict:
     if len(body) > MAX_BODY:
         raise HTTPError(413, f"the body must be at most {MAX_BODY} bytes long")
     try:
-        sent = {"body": from_json(body.decode())}
-        read_fields(sent, {"body": OBJECT}, "the ")  # else: "the body must be an object"
+        sent = read_fields({"body": from_json(body.decode())}, {"body": OBJECT}, "the ")
         parts = read_fields(sent["body"], ENVELOPE)
         metadata = read_fields(parts["metadata"], METADATA, "metadata.")
         rules = MESSAGE_TYPES[metadata["messageType"]]
@@ -322,7 +321,7 @@ class Unavailable(HTTPError):
 
 
 def contains(part: str, *texts: str | None) -> bool:
-    """Tell whether a text contains a part in any case. The caller has case-folded the part."""
+    """Tell whether a text contains a part, ignoring case. The caller has case-folded the part."""
     return any(part in text.casefold() for text in texts if text)
 
 
@@ -338,7 +337,7 @@ def inspect(path: str) -> None:
 
 
 def inode(path: str) -> int:
-    """Return the number of a file, or 0. No other file gets the number of one that is open."""
+    """Return a file's inode number, or 0. While a file is open, no other file gets its number."""
     return os.stat(path).st_ino if os.path.exists(path) else 0
 
 
@@ -359,7 +358,7 @@ class Store:
             self.connection = sqlite3.connect(path, isolation_level=None)
             self.close = self.connection.close  # closing moves the WAL into the file
             self.prepare()
-        except (Unavailable, sqlite3.Error, OSError) as error:
+        except (Unavailable, sqlite3.Error, OSError) as error:  # str(Unavailable): only the reason
             is_damaged = type(error) is sqlite3.DatabaseError  # a subclass tells something else
             hint = RESTORE_HINT if is_damaged else ""
             raise OSError(f"cannot use {path} as the database: {error}{hint}") from error
@@ -379,14 +378,14 @@ class Store:
         if version < SCHEMA_VERSION:
             with self.transaction():
                 self.rebuild(version)
-        # With a WAL, others read while this writes. It comes last, as inspect() looks for the mark
-        # in the file itself.
+        # With a WAL, others read while this writes. The transaction above came first, so that the
+        # mark that inspect() looks for is in the file itself, not in the WAL.
         self.execute("PRAGMA journal_mode = WAL")
         if self.execute(SUMS_AGREE) != [(True,)]:
             raise sqlite3.DatabaseError("its rockets do not count all of its messages")  # damage
 
     def rebuild(self, version: int) -> None:
-        """Make the tables, and all rockets from the messages. These are not checked again."""
+        """Make the tables, and all rockets from the messages, which are not validated again."""
         self.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")  # first, as it takes the lock
         if OURS < version < OURS + 5:  # before version 5, these columns had other names
             for old in ("number", "time", "type"):
@@ -398,9 +397,9 @@ class Store:
         if count:
             log.warning("making the rockets from %d messages", count)
             for *row, message in self.connection.execute("SELECT * FROM messages"):  # one by one
-                metadata, content = dict(zip(METADATA, row)), json.loads(message)
-                fields = MESSAGE_TYPES[metadata["messageType"]]
-                kept = {field: content[field] for field in fields}
+                metadata = dict(zip(METADATA, row))  # in the order of the columns
+                content = json.loads(message)
+                kept = {field: content[field] for field in MESSAGE_TYPES[metadata["messageType"]]}
                 self.execute(UPSERT, NO_FIELDS | kept | metadata)
             log.warning("made the rockets from %d messages", count)
 
@@ -461,7 +460,7 @@ class Store:
     def check_files(self) -> None:
         """Raise Unavailable unless the open files still have their names. Look once a second."""
         now = time.monotonic()
-        if now < self.looked_at + 1:  # a look at the WAL makes the next commit slower
+        if now < self.looked_at + 1:  # stat() of the WAL makes its next sync slower
             return
         if any(inode(name) != opened for name, opened in self.files.items()):
             raise Unavailable("a file of the database was deleted, moved or replaced")
@@ -494,8 +493,8 @@ UNKNOWN = "no message has come on this channel"
 
 def headers_of(content_type: str) -> dict[str, str]:
     """Return the headers of an answer. Pages of other sites may read here, but not post."""
-    may_read = {} if request.method == "POST" else {"Access-Control-Allow-Origin": "*"}
-    return HEADERS | may_read | {"Content-Type": content_type}
+    allow = {} if request.method == "POST" else {"Access-Control-Allow-Origin": "*"}
+    return HEADERS | allow | {"Content-Type": content_type}
 
 
 def with_array(members: dict, name: str, items: list[bytes]) -> bytes:
@@ -520,17 +519,17 @@ def problem(error: HTTPError) -> str:
 
 def read_query(rules: dict[str, Rule]) -> dict:
     """Return the parameters of the query. Raise HTTPError(400) for a bad or unknown one."""
-    given = dict(parse_qsl(request.query_string, keep_blank_values=True))
+    given = dict(parse_qsl(request.query_string, keep_blank_values=True))  # in UTF-8
     unknown = sorted(given.keys() - rules.keys())
     if unknown:
-        known, first = ", ".join(rules) or "no parameters", unknown[0][:100]
-        raise HTTPError(400, f"the parameter {first!a} is unknown; this address has {known}")
+        known = ", ".join(rules) or "no parameters"
+        raise HTTPError(400, f"parameter {unknown[0]!a:.99} is unknown; this address has {known}")
     return read_fields(given, {name: rules[name] for name in given})
 
 
 def get_file(path: str) -> HTTPResponse:
     kind = CONTENT_TYPES.get(Path(path).suffix, "application/octet-stream")
-    # Bottle's ETag has no quotes, so it is none. Last-Modified does as well.
+    # Bottle's ETag is not valid, as it has no quotes. Last-Modified is enough for a 304.
     return static_file(path, STATIC, mimetype=kind, etag=False, headers=headers_of(kind))
 
 
@@ -542,7 +541,7 @@ class Api:
         self.started_at = time.time()
         self.outcomes = {"applied": 0, "duplicate": 0, "conflicting": 0, "rejected": 0, "failed": 0}
         self.seconds = 0.0  # that POSTs took, with their commits
-        self.is_failing = False  # from a message that could not be stored to one that was
+        self.is_failing = False  # True once a message could not be stored, until one is applied
         headers = HEADERS | {"Content-Type": JSON}
         self.applied = HTTPResponse('{"status": "applied"}\n', 202, headers)
         self.duplicate = HTTPResponse('{"status": "duplicate"}\n', 202, headers)
@@ -569,10 +568,11 @@ class Api:
             raise
         why = CONFLICT.format_map(message) if outcome == "conflicting" else ""
         self.store.on_commit(self.report, began, client, outcome, why)
+        # A conflicting message is a 202, too, as its sender would repeat it for ever.
         return self.applied if outcome == "applied" else self.duplicate
 
     def report(self, began: float, client: str, outcome: str, why: str) -> None:
-        """Count the outcome of a POST, and log what was wrong with it."""
+        """Count and log the outcome of a POST. After a rollback, the POST is handled again."""
         self.outcomes[outcome] += 1
         self.seconds += time.perf_counter() - began
         if outcome in ("applied", "failed"):
@@ -589,14 +589,14 @@ class Api:
         rockets = [rocket for (rocket,) in self.store.execute(select, query)]
         ((total,),) = self.store.execute(COUNT_MATCHING, query)
         end = query["offset"] + len(rockets)
-        if rockets and end < total:
+        if end < total:
             response.headers["Link"] = NEXT.format(urlencode(given | {"offset": end}))
         members = {"count": len(rockets), "total": total, "sort": sort, "order": order}
         return with_array(members, "rockets", rockets)
 
     def get_rocket(self, channel: str) -> bytes:
         key = read_fields({"channel": channel}, CHANNEL)
-        read_query({})
+        read_query({})  # refuses any parameter
         self.check_tag()
         for (rocket,) in self.store.execute(SELECT_ROCKET, key):
             return rocket + b"\n"
@@ -671,7 +671,7 @@ def create_app(store: Store) -> Bottle:
 # Server ###########################################################################################
 
 MAX_CONNECTIONS = 200  # at a time; macOS allows a process 256 open files
-MAX_TURN = 32  # requests that are answered together
+MAX_TURN = 32  # requests that are answered together, and polls to receive them
 SILENCE = 30  # seconds after which a connection that neither sends nor reads is closed
 IDLE = 0.2  # seconds until a signal to stop is noticed while nothing comes
 GRACE_PERIOD = 4  # seconds after a signal to stop in which requests under way are answered
@@ -681,12 +681,12 @@ WAITRESS = {
     "clear_untrusted_proxy_headers": False,  # the app reads none of them
     "connection_limit": MAX_CONNECTIONS + 3,  # and two listeners, and one that is about to go
     "max_request_header_size": 16 * 1024,  # bytes; a larger one gets a 431
-    "max_request_body_size": 64 * 1024 + 1,  # bytes; a client that sends less sees its 413
+    "max_request_body_size": 64 * 1024 + 1,  # bytes; a smaller body is read, so its 413 arrives
     "outbuf_overflow": sys.maxsize,  # bytes; no temporary files, as the disk may be full
     "outbuf_high_watermark": sys.maxsize,  # bytes; nothing waits for a client to read
 }
 BLANKS = re.compile(rb"[ \t]{64}")  # in a row; waitress takes quadratic time for them
-CODINGS = re.compile(rb"(?im)^transfer-encoding:(.*)")
+CODINGS = re.compile(rb"(?im)^transfer-encoding:(.*)")  # waitress drops this header
 
 
 class Request(HTTPRequestParser):
@@ -772,8 +772,8 @@ class Server:
 
     A turn receives what has come, asks the app about all of it in one transaction, commits, and
     only then answers. So messages that come together share a disk sync. If the transaction fails,
-    each request is asked about again, by itself. With a commit for each message, waitress's own
-    thread has 0.76, 0.45 and 0.19 of this server's rate for 1, 3 and 20 senders.
+    each request is asked about again, by itself. With one thread of waitress and a commit for each
+    message, the rate is 0.76, 0.45 and 0.19 times as high for 1, 3 and 20 senders.
 
     waitress polls, accepts, parses and sends. Three things of it are replaced: its threads by
     turn(), as there is one writer; its tasks by Answer, as an answer waits for the commit; and its
@@ -782,7 +782,8 @@ class Server:
 
     def __init__(self, app: Bottle, store: Store, sockets: list[socket.socket]):
         self.store, self.stopping = store, False
-        self.arrived: list[Connection] = []  # each with a whole request, in order of arrival
+        # Each has a whole request, in order of arrival. add_task appends to this very list.
+        self.arrived: list[Connection] = []
         self.map: dict[int, Any] = {}  # what waitress polls
         create_server(app, map=self.map, sockets=sockets, **WAITRESS)  # puts listeners in the map
         self.listeners = [each for each in self.map.values() if each.accepting]
@@ -810,14 +811,13 @@ class Server:
         """Receive what comes, and answer what is ready, up to MAX_TURN requests."""
         self.receive(0 if any(each.is_ready() for each in self.arrived) else IDLE)
         ready = [each for each in self.arrived if each.is_ready()][:MAX_TURN]
-        self.arrived[:] = [each for each in self.arrived if each not in ready]  # add_task has it
+        self.arrived[:] = [each for each in self.arrived if each not in ready]
         if not ready:
             return
         try:
             with self.store.transaction():
-                for connection in ready:
-                    if connection.ask() >= 500:
-                        raise Unavailable("a request failed")  # to roll back; nobody reads it
+                if any(connection.ask() >= 500 for connection in ready):
+                    raise Unavailable("a request failed")  # to roll back; nobody reads it
         except (Unavailable, sqlite3.Error):  # sqlite3.Error: the COMMIT failed for another reason
             for connection in ready:
                 connection.ask()
@@ -827,8 +827,8 @@ class Server:
                 connection.handle_write()  # now, not in the next turn
 
     def receive(self, seconds: float) -> None:
-        """Poll, and again while connections come, as each brings a request."""
-        for _ in range(MAX_TURN):  # polls; a flood of connections does not hold up answers
+        """Poll. While polls bring new connections, poll again for their requests."""
+        for _ in range(MAX_TURN):
             known = len(self.map)
             wasyncore.loop(seconds, use_poll=True, map=self.map, count=1)
             if len(self.map) <= known:
@@ -863,8 +863,8 @@ def listen(host: str, port: int) -> list[socket.socket]:
         try:
             family = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0][0]
             sockets.append(socket.create_server((address, port), family=family))
-        except (OSError, UnicodeError, OverflowError) as error:  # of the host or the port
-            if not sockets or getattr(error, "errno", 0) == errno.EADDRINUSE:  # ::1 may be missing
+        except (OSError, UnicodeError, OverflowError) as error:  # a bad host or port
+            if not sockets or getattr(error, "errno", 0) == errno.EADDRINUSE:  # else no ::1 exists
                 raise OSError(f"cannot listen on {address} port {port}: {error}") from error
         port = sockets[0].getsockname()[1]  # the same for both, also where the system chose it
     return sockets
