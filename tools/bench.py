@@ -37,7 +37,7 @@ import launch
 import waitress
 
 sys.path.insert(0, str(launch.SERVICE.parent))
-import rockets  # noqa: E402
+import rockets
 
 # Servers to compare with ##########################################################################
 

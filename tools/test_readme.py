@@ -14,10 +14,10 @@ BLOCKS = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOT
 
 def test_the_run_and_test_commands_are_those_of_ci():
     run, test = BLOCKS[0].splitlines()
-    install, ci = "python3 -m venv .venv && .venv/bin/pip install -qr requirements.txt", ROOT / ".ci"
+    install = "python3 -m venv .venv && .venv/bin/pip install -qr requirements.txt"
     assert run.startswith(f"{install} && .venv/bin/python rockets.py")
     assert test.startswith(f"{install} && .venv/bin/python -m pytest -q")
-    assert f"{install} && .venv/bin/python -m pytest -q" in (ci / "run").read_text()
+    assert f"{install} && .venv/bin/python -m pytest -q" in (ROOT / ".ci/run").read_text()
 
 
 def test_each_command_of_the_readme_prints_what_stands_below_it(tmp_path):
