@@ -338,7 +338,9 @@ def inspect(path: str) -> None:
 
 def inode(path: str) -> int:
     """Return a file's inode number, or 0. While a file is open, no other file gets its number."""
-    return os.stat(path).st_ino if os.path.exists(path) else 0
+    with suppress(OSError):
+        return os.stat(path).st_ino
+    return 0
 
 
 class Store:
@@ -550,15 +552,15 @@ class Api:
     def check_tag(self) -> None:
         """Set the ETag. Raise a 304 for a client that has it already (RFC 9110, 13.1.2)."""
         headers = headers_of(JSON) | {"ETag": self.store.tag()}
-        if headers["ETag"] in request.get_header("If-None-Match", ""):
+        if headers["ETag"] in request.environ.get("HTTP_IF_NONE_MATCH", ""):
             raise HTTPResponse(status=304, headers=headers)
         response.headers.update(headers)
 
     def post_message(self) -> HTTPResponse:
         began, client = time.perf_counter(), request.environ["REMOTE_ADDR"]
         try:
-            origin = request.get_header("Origin")  # browsers tell it with each POST
-            if origin and origin.partition("://")[2] != request.get_header("Host"):
+            origin = request.environ.get("HTTP_ORIGIN")  # browsers tell it with each POST
+            if origin and origin.partition("://")[2] != request.environ.get("HTTP_HOST"):
                 raise HTTPError(403, "a page of another site must not post messages")
             message = parse_message(request.body.read(MAX_BODY + 1))
             outcome = self.store.apply(message)
@@ -651,7 +653,7 @@ class Api:
 
 
 def create_app(store: Store) -> Bottle:
-    """Return the service on top of a store, as a WSGI application."""
+    """Return the service as a WSGI application, for the thread that opened the store."""
     app, api = Bottle(), Api(store)
     app.default_error_handler = problem
     app.post("/messages", callback=api.post_message)
@@ -824,7 +826,7 @@ class Server:
         for connection in ready:
             connection.service()
             if connection.connected:
-                connection.handle_write()  # now, not in the next turn
+                connection.handle_write()  # closes it if that was all, now and not in the next turn
 
     def receive(self, seconds: float) -> None:
         """Poll. While polls bring new connections, poll again for their requests."""
@@ -847,7 +849,7 @@ class Server:
         for connection in connections:
             if abs(now - connection.last_activity) > SILENCE:  # abs(): a clock may be set back
                 connection.handle_close()
-        idle = [each for each in connections if each.connected and not each.requests]
+        idle = [each for each in connections if not each.requests]
         if len(connections) > MAX_CONNECTIONS and idle:
             min(idle, key=lambda each: each.last_activity).handle_close()
 
