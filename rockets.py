@@ -775,7 +775,7 @@ class Server:
     A turn receives what has come, asks the app about all of it in one transaction, commits, and
     only then answers. So messages that come together share a disk sync. If the transaction fails,
     each request is asked about again, by itself. With one thread of waitress and a commit for each
-    message, the rate is 0.76, 0.45 and 0.19 times as high for 1, 3 and 20 senders.
+    message, the rate is 0.73, 0.34 and 0.08 times as high for 1, 3 and 20 senders.
 
     waitress polls, accepts, parses and sends. Three things of it are replaced: its threads by
     turn(), as there is one writer; its tasks by Answer, as an answer waits for the commit; and its
