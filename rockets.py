@@ -20,7 +20,7 @@ import socket
 import sqlite3
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
@@ -173,7 +173,7 @@ MAX_BODY = 16 * 1024  # bytes; a real message has about 300; more than this gets
 MAX_NAME = 256  # characters
 MAX_SPEED = 2**31 - 1
 DATE_AND_TIME = r"\d{4}-\d\d-\d\dT([01]\d|2[0-3]):\d\d:\d\d(\.\d+)?"  # no 24:00, by RFC 3339
-UTC_OFFSET = r"(Z|[+-](0\d|1[0-3]):[0-5]\d|[+-]14:00)"  # julianday() takes no more than 14:00
+UTC_OFFSET = r"(Z|[+-](0\d|1[0-3]):[0-5]\d|[+-]14:00)"  # no place on Earth has more
 TIME_WORDS = "an RFC 3339 time with an offset up to 14:00, such as 2022-02-02T19:39:05+01:00"
 
 # A rule says in words what a value must be, and has a function that returns what is kept of the
@@ -202,7 +202,7 @@ def text(words: str, pattern: str, convert: Callable[[str], Any] = str) -> Rule:
     return words, keep
 
 
-def one_of(choices: Iterable[str]) -> Rule:
+def one_of(choices: Collection[str]) -> Rule:
     return text(f"one of {', '.join(choices)}", "|".join(choices))
 
 
@@ -233,7 +233,7 @@ MESSAGE_TYPES = {
     "RocketExploded": {"reason": NAME},
     "RocketMissionChanged": {"newMission": NAME},
 }
-# The upsert has a parameter for each field of each type. Those of other types are None.
+# Every field of every type, as None. The upsert has a parameter for each; a message gives a few.
 NO_FIELDS = dict.fromkeys(field for fields in MESSAGE_TYPES.values() for field in fields)
 ENVELOPE = {"metadata": OBJECT, "message": OBJECT}
 CHANNEL = {"channel": text("a UUID", "(?i)[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", str.lower)}
@@ -261,7 +261,7 @@ HISTORY_RULES = PAGE_RULES | {"after": digits(0, MAX_NUMBER), "before": digits(1
 HISTORY_DEFAULTS = PAGE_DEFAULTS | {"after": 0, "before": MAX_NUMBER + 1}
 
 
-def read_fields(holder: dict, rules: dict[str, Rule], where: str = "") -> dict:
+def read_fields(holder: dict, rules: dict[str, Rule], prefix: str = "") -> dict:
     """Return the fields that the rules name, converted. Raise HTTPError(400) for a bad one."""
     kept = {}
     for field, (words, keep) in rules.items():
@@ -269,7 +269,7 @@ def read_fields(holder: dict, rules: dict[str, Rule], where: str = "") -> dict:
             kept[field] = keep(holder.get(field))
         except ValueError:
             got = json.dumps(holder[field])[:100] if field in holder else "nothing"
-            raise HTTPError(400, f"{where}{field} must be {words}, got {got}") from None
+            raise HTTPError(400, f"{prefix}{field} must be {words}, got {got}") from None
     return kept
 
 
@@ -299,7 +299,7 @@ def parse_message(body: bytes) -> dict:
 
 # Storage ##########################################################################################
 
-OURS = 0x524B_0000  # "RK" in the upper half of user_version marks a file as ours
+OURS = 0x524B_0000  # "RK" in the upper half of user_version; the lower half is the version
 SCHEMA_VERSION = OURS + 5  # the rockets of an earlier version are made anew
 PRAGMAS = (
     "temp_store = MEMORY",  # sorting needs no room on the disk
@@ -352,7 +352,7 @@ class Store:
     def __init__(self, path: str):
         """Open or create the file. Raise OSError if it cannot be used."""
         path = os.path.realpath(path)  # SQLite makes its other files beside the target of a link
-        self.is_in_transaction = False
+        self.is_in_transaction = False  # SQLite may end a transaction at an error, before its block
         self.callbacks: list[tuple] = []
         self.commits = 0  # that changed something, for metrics.txt
         try:
@@ -360,7 +360,7 @@ class Store:
             self.connection = sqlite3.connect(path, isolation_level=None)
             self.close = self.connection.close  # closing moves the WAL into the file
             self.prepare()
-        except (Unavailable, sqlite3.Error, OSError) as error:  # str(Unavailable): only the reason
+        except (Unavailable, sqlite3.Error, OSError) as error:  # str(Unavailable(why)) is why
             is_damaged = type(error) is sqlite3.DatabaseError  # a subclass tells something else
             hint = RESTORE_HINT if is_damaged else ""
             raise OSError(f"cannot use {path} as the database: {error}{hint}") from error
@@ -521,7 +521,7 @@ def problem(error: HTTPError) -> str:
 
 def read_query(rules: dict[str, Rule]) -> dict:
     """Return the parameters of the query. Raise HTTPError(400) for a bad or unknown one."""
-    given = dict(parse_qsl(request.query_string, keep_blank_values=True))  # in UTF-8
+    given = dict(parse_qsl(request.query_string, keep_blank_values=True))  # Bottle's is Latin-1
     unknown = sorted(given.keys() - rules.keys())
     if unknown:
         known = ", ".join(rules) or "no parameters"
@@ -570,11 +570,11 @@ class Api:
             raise
         why = CONFLICT.format_map(message) if outcome == "conflicting" else ""
         self.store.on_commit(self.report, began, client, outcome, why)
-        # A conflicting message is a 202, too, as its sender would repeat it for ever.
+        # A conflicting message is dropped with a 202, or else its sender would repeat it for ever.
         return self.applied if outcome == "applied" else self.duplicate
 
     def report(self, began: float, client: str, outcome: str, why: str) -> None:
-        """Count and log the outcome of a POST. After a rollback, the POST is handled again."""
+        """Count and log the outcome of a POST. Called on commit, as a rollback repeats the POST."""
         self.outcomes[outcome] += 1
         self.seconds += time.perf_counter() - began
         if outcome in ("applied", "failed"):
@@ -673,7 +673,7 @@ def create_app(store: Store) -> Bottle:
 # Server ###########################################################################################
 
 MAX_CONNECTIONS = 200  # at a time; macOS allows a process 256 open files
-MAX_TURN = 32  # requests that are answered together, and polls to receive them
+MAX_TURN = 32  # the most requests answered in a turn, and the most polls that receive them
 SILENCE = 30  # seconds after which a connection that neither sends nor reads is closed
 IDLE = 0.2  # seconds until a signal to stop is noticed while nothing comes
 GRACE_PERIOD = 4  # seconds after a signal to stop in which requests under way are answered
@@ -681,9 +681,9 @@ WAITRESS = {
     "ident": "rockets",
     "threads": 0,  # the loop's own thread does all
     "clear_untrusted_proxy_headers": False,  # the app reads none of them
-    "connection_limit": MAX_CONNECTIONS + 3,  # and two listeners, and one that is about to go
+    "connection_limit": MAX_CONNECTIONS + 3,  # two listeners, and one for close_silent() to close
     "max_request_header_size": 16 * 1024,  # bytes; a larger one gets a 431
-    "max_request_body_size": 64 * 1024 + 1,  # bytes; a smaller body is read, so its 413 arrives
+    "max_request_body_size": 64 * 1024 + 1,  # bytes; up to 64 KiB is read, so that the 413 arrives
     "outbuf_overflow": sys.maxsize,  # bytes; no temporary files, as the disk may be full
     "outbuf_high_watermark": sys.maxsize,  # bytes; nothing waits for a client to read
 }
@@ -692,7 +692,7 @@ CODINGS = re.compile(rb"(?im)^transfer-encoding:(.*)")  # waitress drops this he
 
 
 class Request(HTTPRequestParser):
-    """A request of waitress, with what RFC 9112 asks of servers and waitress does not check."""
+    """A request of waitress, with checks that RFC 9112 asks for and waitress does not make."""
 
     def received(self, data: bytes) -> int:
         """Take in data, and return how many bytes of it were used. waitress calls this."""
@@ -704,7 +704,7 @@ class Request(HTTPRequestParser):
         return super().received(data)
 
     def parse_header(self, header_plus: bytes) -> None:
-        """Parse the first line and the headers. Raise ParsingError for a 400."""
+        """Parse the first line and the headers. Raise ParsingError for a 400, never for a 501."""
         if BLANKS.search(header_plus):
             raise ParsingError("a header must have less than 64 blanks in a row")
         try:
@@ -820,13 +820,13 @@ class Server:
             with self.store.transaction():
                 if any(connection.ask() >= 500 for connection in ready):
                     raise Unavailable("a request failed")  # to roll back; nobody reads it
-        except (Unavailable, sqlite3.Error):  # sqlite3.Error: the COMMIT failed for another reason
+        except (Unavailable, sqlite3.Error):  # sqlite3.Error: the COMMIT failed in any other way
             for connection in ready:
                 connection.ask()
         for connection in ready:
             connection.service()
             if connection.connected:
-                connection.handle_write()  # closes it if that was all, now and not in the next turn
+                connection.handle_write()  # if it is to be closed, closes it now, not a turn later
 
     def receive(self, seconds: float) -> None:
         """Poll. While polls bring new connections, poll again for their requests."""
