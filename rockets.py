@@ -623,19 +623,20 @@ class Api:
         return with_array(members, "messages", [message for _, message in page])
 
     def count_fleet(self) -> dict:
-        """Return what /fleet shows."""
+        """Return the totals, and how many rockets have each status."""
         ((rockets, messages, missing),) = self.store.execute(COUNT_ALL)
         fleet = {"rockets": rockets, "messages": messages, "missingMessages": missing}
-        fleet["statuses"] = dict.fromkeys(STATUSES, 0) | dict(self.store.execute(COUNT_BY_STATUS))
-        for field in ("type", "mission"):
-            counts = self.store.execute(COUNT_BY_NAME % {"field": field})
-            fleet[f"{field}s"] = [{field: name, "rockets": count} for name, count in counts]
-        return fleet
+        statuses = dict.fromkeys(STATUSES, 0) | dict(self.store.execute(COUNT_BY_STATUS))
+        return fleet | {"statuses": statuses}
 
     def get_fleet(self) -> str:
         read_query({})
         self.check_tag()
-        return json.dumps(self.count_fleet()) + "\n"
+        fleet = self.count_fleet()
+        for field in ("type", "mission"):
+            counts = self.store.execute(COUNT_BY_NAME % {"field": field})
+            fleet[f"{field}s"] = [{field: name, "rockets": count} for name, count in counts]
+        return json.dumps(fleet) + "\n"
 
     def get_health(self) -> str:
         read_query({})
