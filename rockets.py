@@ -109,8 +109,7 @@ ON CONFLICT (channel) DO UPDATE SET
     type = iif(excluded.launchNumber < old.launchNumber, excluded.type, old.type),
     launchSpeed = iif(
         excluded.launchNumber < old.launchNumber, excluded.launchSpeed, old.launchSpeed),
-    launchedAt = iif(
-        excluded.launchNumber < old.launchNumber, excluded.launchedAt, old.launchedAt),
+    launchedAt = iif(excluded.launchNumber < old.launchNumber, excluded.launchedAt, old.launchedAt),
     -- the launch or change of mission with the highest number
     missionNumber = max(old.missionNumber, excluded.missionNumber),
     mission = iif(excluded.missionNumber > old.missionNumber, excluded.mission, old.mission),
@@ -177,7 +176,7 @@ UTC_OFFSET = r"(Z|[+-](0\d|1[0-3]):[0-5]\d|[+-]14:00)"  # no place on Earth has 
 TIME_WORDS = "an RFC 3339 time with an offset up to 14:00, such as 2022-02-02T19:39:05+01:00"
 
 # A rule says in words what a value must be, and has a function that returns what is kept of the
-# value or raises ValueError.
+# value. The function raises ValueError or TypeError for any other value.
 Rule = tuple[str, Callable]
 
 
@@ -195,7 +194,7 @@ def text(words: str, pattern: str, convert: Callable[[str], Any] = str) -> Rule:
     fullmatch = re.compile(pattern).fullmatch
 
     def keep(value: Any) -> Any:
-        if type(value) is not str or not fullmatch(value):
+        if not fullmatch(value):  # raises TypeError if the value is no text
             raise ValueError
         return convert(value)
 
@@ -216,15 +215,11 @@ def keep_time(value: str) -> str:
     return value.upper()
 
 
-def keep_object(value: Any) -> dict:
-    if type(value) is not dict:
-        raise ValueError
-    return value
-
-
-OBJECT = ("an object", keep_object)
-NAME_WORDS = f"a text of 1 to {MAX_NAME} characters, no NUL, no lone surrogate"
-NAME = text(NAME_WORDS, rf"[^\0\ud800-\udfff]{{1,{MAX_NAME}}}")
+OBJECT = ("an object", dict.copy)  # raises TypeError if the value is no dict
+NAME = text(
+    f"a text of 1 to {MAX_NAME} characters, no NUL, no lone surrogate",
+    rf"[^\0\ud800-\udfff]{{1,{MAX_NAME}}}",
+)
 SPEED = whole(0, MAX_SPEED)
 MESSAGE_TYPES = {
     "RocketLaunched": {"type": NAME, "launchSpeed": SPEED, "mission": NAME},
@@ -245,7 +240,6 @@ METADATA = CHANNEL | {
 
 MAX_PAGE = 1000  # rockets or messages in one answer
 MAX_SEARCH = 64  # characters of q; each search reads all rockets
-SEARCH_WORDS = f"a text of at most {MAX_SEARCH} characters"
 PAGE_RULES = {"order": one_of(("asc", "desc")), "limit": digits(1, MAX_PAGE)}
 PAGE_DEFAULTS = {"order": "asc", "limit": MAX_PAGE}
 LIST_RULES = PAGE_RULES | {
@@ -254,7 +248,7 @@ LIST_RULES = PAGE_RULES | {
     "status": one_of(STATUSES),
     "type": ("a text", str),  # each value of a query is one, so this never fails
     "mission": ("a text", str),
-    "q": text(SEARCH_WORDS, rf"(?s).{{0,{MAX_SEARCH}}}", str.casefold),
+    "q": text(f"at most {MAX_SEARCH} characters", f"(?s).{{0,{MAX_SEARCH}}}", str.casefold),
 }
 LIST_DEFAULTS = dict.fromkeys(LIST_RULES) | PAGE_DEFAULTS | {"sort": "channel", "offset": 0}
 HISTORY_RULES = PAGE_RULES | {"after": digits(0, MAX_NUMBER), "before": digits(1, MAX_NUMBER + 1)}
@@ -267,7 +261,7 @@ def read_fields(holder: dict, rules: dict[str, Rule], prefix: str = "") -> dict:
     for field, (words, keep) in rules.items():
         try:
             kept[field] = keep(holder.get(field))
-        except ValueError:
+        except (ValueError, TypeError):
             got = json.dumps(holder[field])[:100] if field in holder else "nothing"
             raise HTTPError(400, f"{prefix}{field} must be {words}, got {got}") from None
     return kept
@@ -301,15 +295,14 @@ def parse_message(body: bytes) -> dict:
 
 OURS = 0x524B_0000  # "RK" in the upper half of user_version; the lower half is the version
 SCHEMA_VERSION = OURS + 5  # the rockets of an earlier version are made anew
-PRAGMAS = (
-    "temp_store = MEMORY",  # sorting needs no room on the disk
-    "trusted_schema = ON",  # allows json_object() in a table; some builds turn it off
-    "secure_delete = OFF",  # a reset then writes no zeros, which would need room in the WAL
-    "synchronous = FULL",  # NORMAL may lose the last commits in a power cut
-    "fullfsync = ON",  # on macOS, empty the drive's cache, too
-    "journal_size_limit = 16777216",  # bytes; a checkpoint cuts a longer WAL to this
-)
-RESTORE_HINT = "; if a backup was copied over it, delete its -wal and copy the backup again"
+SETTINGS = """
+PRAGMA temp_store = MEMORY;  -- sorting needs no room on the disk
+PRAGMA trusted_schema = ON;  -- allows json_object() in a table; some builds turn it off
+PRAGMA secure_delete = OFF;  -- a reset then writes no zeros, which would need room in the WAL
+PRAGMA synchronous = FULL;  -- NORMAL may lose the last commits in a power cut
+PRAGMA fullfsync = ON;  -- on macOS, empty the drive's cache, too
+PRAGMA journal_size_limit = 16777216;  -- bytes; a checkpoint cuts a longer WAL to this"""
+RESTORE = "; if a backup was copied over it, delete its -wal and copy the backup again"
 
 
 class Unavailable(HTTPError):
@@ -338,9 +331,7 @@ def inspect(path: str) -> None:
 
 def inode(path: str) -> int:
     """Return a file's inode number, or 0. While a file is open, no other file gets its number."""
-    with suppress(OSError):
-        return os.stat(path).st_ino
-    return 0
+    return os.stat(path).st_ino if os.path.exists(path) else 0
 
 
 class Store:
@@ -361,8 +352,8 @@ class Store:
             self.close = self.connection.close  # closing moves the WAL into the file
             self.prepare()
         except (Unavailable, sqlite3.Error, OSError) as error:  # str(Unavailable(why)) is why
-            is_damaged = type(error) is sqlite3.DatabaseError  # a subclass tells something else
-            hint = RESTORE_HINT if is_damaged else ""
+            # DatabaseError itself tells of damage. Its subclasses tell of something else.
+            hint = RESTORE if type(error) is sqlite3.DatabaseError else ""
             raise OSError(f"cannot use {path} as the database: {error}{hint}") from error
         self.execute("PRAGMA busy_timeout = 0")  # from now on, wait for no other program's lock
         self.opened_at = time.time()
@@ -372,8 +363,7 @@ class Store:
     def prepare(self) -> None:
         """Set the connection up, and make the tables if need be."""
         self.connection.create_function("contains", -1, contains)
-        for pragma in PRAGMAS:
-            self.execute(f"PRAGMA {pragma}")
+        self.connection.executescript(SETTINGS)
         ((version,),) = self.execute("PRAGMA user_version")
         if version > SCHEMA_VERSION:
             raise OSError("a later version of this program wrote it")
@@ -437,8 +427,7 @@ class Store:
                 self.execute("COMMIT")
         finally:
             self.is_in_transaction = False
-        if self.connection.total_changes > changes:
-            self.commits += 1
+        self.commits += self.connection.total_changes > changes
         for callback, *arguments in self.callbacks:
             callback(*arguments)
 
@@ -482,9 +471,6 @@ class Store:
 # HTTP #############################################################################################
 
 STATIC = Path(__file__).resolve().parent / "static"
-JSON = "application/json"
-# Python's own table depends on the system, which may call a script plain text.
-CONTENT_TYPES = {".css": "text/css", ".html": "text/html", ".js": "text/javascript", ".json": JSON}
 PROBLEM = "application/problem+json"
 # no-cache: browsers ask each time whether there is news. nosniff: they never run JSON as a page.
 HEADERS = {"Cache-Control": "no-cache", "X-Content-Type-Options": "nosniff"}
@@ -493,10 +479,12 @@ NEXT = '<?{}>; rel="next"'  # RFC 8288, relative to the address that was asked f
 UNKNOWN = "no message has come on this channel"
 
 
-def headers_of(content_type: str) -> dict[str, str]:
-    """Return the headers of an answer. Pages of other sites may read here, but not post."""
-    allow = {} if request.method == "POST" else {"Access-Control-Allow-Origin": "*"}
-    return HEADERS | allow | {"Content-Type": content_type}
+def add_headers() -> None:
+    """Complete the headers of an answer. Bottle calls this after each handler."""
+    response.headers.update(HEADERS)
+    response.headers.setdefault("Content-Type", "application/json")
+    if request.method != "POST":  # pages of other sites may read here, but not post
+        response.headers["Access-Control-Allow-Origin"] = "*"
 
 
 def with_array(members: dict, name: str, items: list[bytes]) -> bytes:
@@ -515,7 +503,7 @@ def problem(error: HTTPError) -> str:
     detail = error.body
     if error.status_code == 405:
         detail = f"{request.path} takes {response.headers['Allow']}, not {request.method}"
-    response.headers.update(headers_of(PROBLEM))
+    response.content_type = PROBLEM
     return problem_body(error.status_code, detail)
 
 
@@ -530,9 +518,7 @@ def read_query(rules: dict[str, Rule]) -> dict:
 
 
 def get_file(path: str) -> HTTPResponse:
-    kind = CONTENT_TYPES.get(Path(path).suffix, "application/octet-stream")
-    # Bottle's ETag is not valid, as it has no quotes. Last-Modified is enough for a 304.
-    return static_file(path, STATIC, mimetype=kind, etag=False, headers=headers_of(kind))
+    return static_file(path, STATIC, etag=False)  # Bottle's ETag is not valid: it has no quotes
 
 
 class Api:
@@ -543,20 +529,16 @@ class Api:
         self.started_at = time.time()
         self.outcomes = {"applied": 0, "duplicate": 0, "conflicting": 0, "rejected": 0, "failed": 0}
         self.seconds = 0.0  # that POSTs took, with their commits
-        self.is_failing = False  # True once a message could not be stored, until one is applied
-        headers = HEADERS | {"Content-Type": JSON}
-        self.applied = HTTPResponse('{"status": "applied"}\n', 202, headers)
-        self.duplicate = HTTPResponse('{"status": "duplicate"}\n', 202, headers)
         self.metrics = (STATIC / "metrics.txt").read_text()
 
     def check_tag(self) -> None:
         """Set the ETag. Raise a 304 for a client that has it already (RFC 9110, 13.1.2)."""
-        headers = headers_of(JSON) | {"ETag": self.store.tag()}
-        if headers["ETag"] in request.environ.get("HTTP_IF_NONE_MATCH", ""):
-            raise HTTPResponse(status=304, headers=headers)
-        response.headers.update(headers)
+        tag = self.store.tag()
+        if tag in request.environ.get("HTTP_IF_NONE_MATCH", ""):
+            raise HTTPResponse(status=304, ETag=tag)
+        response.headers["ETag"] = tag
 
-    def post_message(self) -> HTTPResponse:
+    def post_message(self) -> str:
         began, client = time.perf_counter(), request.environ["REMOTE_ADDR"]
         try:
             origin = request.environ.get("HTTP_ORIGIN")  # browsers tell it with each POST
@@ -570,15 +552,13 @@ class Api:
             raise
         why = CONFLICT.format_map(message) if outcome == "conflicting" else ""
         self.store.on_commit(self.report, began, client, outcome, why)
-        # A conflicting message is dropped with a 202, or else its sender would repeat it for ever.
-        return self.applied if outcome == "applied" else self.duplicate
+        response.status = 202  # also if it conflicts, or else its sender would repeat it for ever
+        return '{"status": "applied"}\n' if outcome == "applied" else '{"status": "duplicate"}\n'
 
     def report(self, began: float, client: str, outcome: str, why: str) -> None:
         """Count and log the outcome of a POST. Called on commit, as a rollback repeats the POST."""
         self.outcomes[outcome] += 1
         self.seconds += time.perf_counter() - began
-        if outcome in ("applied", "failed"):
-            self.is_failing = outcome == "failed"
         if why:
             log.warning("a message of %s is %s: %.300s", client, outcome, why)
 
@@ -640,15 +620,13 @@ class Api:
 
     def get_health(self) -> str:
         read_query({})
-        response.headers.update(headers_of(JSON))
-        if self.is_failing:
-            self.store.probe()  # raises Unavailable while nothing can be stored
+        self.store.probe()
         ((rockets, messages, _),) = self.store.execute(COUNT_ALL)
         return json.dumps({"status": "ok", "rockets": rockets, "messages": messages}) + "\n"
 
     def get_metrics(self) -> str:
         read_query({})
-        response.headers.update(headers_of("text/plain; version=0.0.4; charset=utf-8"))
+        response.content_type = "text/plain; version=0.0.4; charset=utf-8"
         posts = sum(self.outcomes.values())
         return self.metrics.format(api=self, posts=posts, version=VERSION, **self.count_fleet())
 
@@ -657,6 +635,7 @@ def create_app(store: Store) -> Bottle:
     """Return the service as a WSGI application, for the thread that opened the store."""
     app, api = Bottle(), Api(store)
     app.default_error_handler = problem
+    app.add_hook("after_request", add_headers)
     app.post("/messages", callback=api.post_message)
     app.get("/rockets", callback=api.get_rockets)
     app.get("/rockets/<channel>", callback=api.get_rocket)
@@ -696,13 +675,12 @@ class Request(HTTPRequestParser):
     """A request of waitress, with checks that RFC 9112 asks for and waitress does not make."""
 
     def received(self, data: bytes) -> int:
-        """Take in data, and return how many bytes of it were used. waitress calls this."""
-        is_first = not self.header_plus and not self.headers_finished
-        if is_first and not data[:1].isalpha():  # it may be a TLS greeting
-            self.error = BadRequest("this is no HTTP")
-            self.completed = True
-            return len(data)
-        return super().received(data)
+        """Refuse at once what does not begin with a letter, such as a TLS greeting."""
+        if self.header_plus or self.headers_finished or data[:1].isalpha():
+            return super().received(data)
+        self.error = BadRequest("this is no HTTP")
+        self.completed = True
+        return len(data)
 
     def parse_header(self, header_plus: bytes) -> None:
         """Parse the first line and the headers. Raise ParsingError for a 400, never for a 501."""
@@ -716,8 +694,7 @@ class Request(HTTPRequestParser):
         may_be_chunked = self.version == "1.1" and "CONTENT_LENGTH" not in self.headers
         if codings and not (codings == [b"chunked"] and may_be_chunked):
             raise ParsingError("Transfer-Encoding must be chunked, alone, in HTTP/1.1")
-        is_missing = self.version == "1.1" and "HOST" not in self.headers
-        if is_missing or "," in self.headers.get("HOST", ""):  # waitress joins those that repeat
+        if self.version == "1.1" and header_plus.lower().count(b"\nhost:") != 1:
             raise ParsingError("there must be exactly one Host")
 
 
@@ -748,10 +725,6 @@ class Connection(HTTPChannel):
     def is_ready(self) -> bool:
         """Tell whether the previous answer is sent, or the client has left."""
         return not self.connected or not self.writable()
-
-    def is_busy(self) -> bool:
-        """Tell whether a request is under way, or an answer not sent."""
-        return bool(self.requests or self.request or self.writable())
 
     def ask(self) -> int:
         """Ask the app about the first request, hold its answer and return the status."""
@@ -807,7 +780,9 @@ class Server:
         for listener in self.listeners:
             listener.close()
         end = time.monotonic() + GRACE_PERIOD
-        while time.monotonic() < end and any(each.is_busy() for each in self.map.values()):
+        while time.monotonic() < end and any(
+            each.requests or each.request or each.writable() for each in self.map.values()
+        ):
             self.turn()
 
     def turn(self) -> None:
@@ -889,8 +864,8 @@ def main() -> None:
     option("--reset", action="store_true", help="start from an empty database")
     option("--verbose", action="store_true", help="log each request")
     options = parser.parse_args()
-    level = "INFO" if options.verbose else "WARNING"
-    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(message)s")
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
+    log.setLevel("INFO" if options.verbose else "WARNING")
     logging.getLogger("waitress").setLevel("ERROR")  # no line for each connection too many
     try:
         sockets = listen(options.host, options.port)

@@ -647,7 +647,7 @@ BAD_PARAMETERS = {
     "/rockets?limit=%D9%A1": f'limit {TO_1000} "\\u0661"',
     "/rockets?limit=" + "9" * 5000: f'limit {TO_1000} "{"9" * 99}',
     "/rockets?offset=-1": 'offset must be a whole number from 0 to 9007199254740991, got "-1"',
-    "/rockets?q=" + "x" * 65: f'q must be a text of at most 64 characters, got "{"x" * 65}"',
+    "/rockets?q=" + "x" * 65: f'q must be at most 64 characters, got "{"x" * 65}"',
     f"{HISTORY}?limit=1001": f'limit {TO_1000} "1001"',
     f"{HISTORY}?after=x": 'after must be a whole number from 0 to 9007199254740991, got "x"',
     f"{HISTORY}?before=0": 'before must be a whole number from 1 to 9007199254740992, got "0"',
@@ -812,17 +812,12 @@ def test_under_a_lock_a_message_is_a_503_at_once_and_gets_go_on(app, file):
     assert post(app, launch(), status=202).json == {"status": "applied"}
 
 
-def test_after_a_failure_health_is_a_503_until_a_commit_of_its_own_succeeds(app, file):
+def test_health_is_a_503_while_messages_cannot_be_stored_and_heals_without_a_sender(app, file):
     fill(file, FIVE)
-    well = {"status": "ok", "rockets": 5, "messages": 8}
     with locked(file):
-        assert app.get("/health").json == well  # as nothing was posted
         post(app, launch(), status=503)
         assert "locked" in app.get("/health", status=503).json["detail"]
-    assert app.get("/health", status=200).json == well
-    post(app, launch())
-    with locked(file):
-        app.get("/health", status=200)  # as the last message was stored
+    assert app.get("/health").json == {"status": "ok", "rockets": 5, "messages": 8}
 
 
 def test_a_message_that_is_refused_is_one_short_line_with_the_reason_and_the_address(app, caplog):
@@ -1335,7 +1330,6 @@ FRAMES = [
     (coded("gzip"), [400], "gzip"),
     (http(BODY, close=False).replace(b"Host", b"X"), [400], "no-host"),
     (sized(BODY, "Host: other\r\n", close=False), [400], "two-hosts"),
-    (sized(BODY, "Host: rockets\r\n" + KEEP, version="1.0", close=False), [400], "two-hosts-1.0"),
     (http(BODY, f"Content-Length: {'9' * 5000}\r\n", close=False), [400], "5000-digits"),
     (b"GET http://[::1 HTTP/1.1\r\nHost: rockets\r\n\r\n", [400], "bad-address"),
 ]
