@@ -329,11 +329,6 @@ def inspect(path: str) -> None:
         raise OSError("another program wrote it")
 
 
-def inode(path: str) -> int:
-    """Return a file's inode number, or 0. While a file is open, no other file gets its number."""
-    return os.stat(path).st_ino if os.path.exists(path) else 0
-
-
 class Store:
     """The messages and the rockets in one SQLite file, for the thread that opened it.
 
@@ -357,7 +352,8 @@ class Store:
             raise OSError(f"cannot use {path} as the database: {error}{hint}") from error
         self.execute("PRAGMA busy_timeout = 0")  # from now on, wait for no other program's lock
         self.opened_at = time.time()
-        self.files = {name: inode(name) for name in (path, f"{path}-wal", f"{path}-shm")}
+        names = (path, f"{path}-wal", f"{path}-shm")
+        self.inodes = {name: os.stat(name).st_ino for name in names}
         self.looked_at = time.monotonic()
 
     def prepare(self) -> None:
@@ -453,8 +449,9 @@ class Store:
         now = time.monotonic()
         if now < self.looked_at + 1:  # stat() of the WAL makes its next sync slower
             return
-        if any(inode(name) != opened for name, opened in self.files.items()):
-            raise Unavailable("a file of the database was deleted, moved or replaced")
+        for name, inode in self.inodes.items():  # as it is open, no other file gets its inode
+            if not os.path.exists(name) or os.stat(name).st_ino != inode:
+                raise Unavailable(f"{name} was deleted, moved or replaced")
         self.looked_at = now
 
     def probe(self) -> None:
