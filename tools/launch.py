@@ -24,7 +24,6 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from datetime import datetime
-from heapq import heappop, heappush
 from itertools import islice
 from pathlib import Path
 from threading import Lock, Thread
@@ -37,7 +36,6 @@ TYPES = "Falcon-9 Falcon-Heavy Saturn-V Ariane-5 Soyuz-2 Atlas-V Delta-IV Electr
 MISSIONS = "ARTEMIS SHUTTLE_MIR APOLLO GEMINI SKYLAB VOYAGER CASSINI ROSETTA VOSTOK".split()
 REASONS = "PRESSURE_VESSEL_FAILURE ENGINE_FAILURE FUEL_LEAK GUIDANCE_FAILURE".split()
 SPEED_STEP = 500  # all speeds are multiples of it, and none is below it
-COPY_LATE = 300  # places that a copy comes at most after its message
 
 
 def fly(seed: int, fleet: int = 20) -> Iterator[dict]:
@@ -76,16 +74,14 @@ def fly(seed: int, fleet: int = 20) -> Iterator[dict]:
 def disorder(messages: Iterable, seed: int, reorder: int, duplicates: float) -> Iterator:
     """Yield messages at most so many places late, and a share of them twice."""
     dice = random.Random(f"order {seed}")
-    waiting: list[tuple] = []  # a heap of (place at which it is due, original place, message)
+    due: dict[int, list] = defaultdict(list)  # messages by the place at which they come
     for place, message in enumerate(messages):
-        due = place + dice.randint(0, reorder)
-        heappush(waiting, (due, place, message))
+        due[place + dice.randint(0, reorder)].append(message)
         if dice.random() < duplicates:
-            heappush(waiting, (due + dice.randint(1, COPY_LATE), place, message))
-        while waiting and waiting[0][0] <= place:
-            yield heappop(waiting)[2]
-    while waiting:
-        yield heappop(waiting)[2]
+            due[place + dice.randint(0, reorder + 300)].append(message)  # a copy may be later
+        yield from due.pop(place, [])
+    for place in sorted(due):
+        yield from due[place]
 
 
 def fold(messages: Iterable[dict]) -> dict:
