@@ -22,7 +22,7 @@ import sys
 import tempfile
 from ast import literal_eval
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from itertools import islice
 from pathlib import Path
@@ -72,11 +72,11 @@ class File:
         self.confirmed = bytearray(self.seen)
         self.changes.clear()
 
-    def left(self, kept: Callable[[], bool]) -> bytearray:
-        """Return the content after a power cut."""
+    def left(self, dice: random.Random, share: float) -> bytearray:
+        """Return the content after a power cut, with a share of the changes."""
         image = bytearray(self.confirmed)
         for start, content in self.changes:
-            if kept():
+            if dice.random() < share:
                 if content is None:
                     del image[start:]
                 put(image, start, content or b"")
@@ -124,15 +124,11 @@ class Machine:
     def cut(self, dice: random.Random, folder: Path) -> None:
         """Make a folder with what the disk may hold at this moment."""
         share = dice.random()  # of what is kept: sometimes most, sometimes little
-
-        def kept() -> bool:
-            return dice.random() < share
-
         folder.mkdir()
-        names = self.confirmed | dict(change for change in self.changes if kept())
+        names = self.confirmed | dict(change for change in self.changes if dice.random() < share)
         for path, file in names.items():
             if file:
-                (folder / Path(path).name).write_bytes(file.left(kept))
+                (folder / Path(path).name).write_bytes(file.left(dice, share))
 
 
 # The trace ########################################################################################
