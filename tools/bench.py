@@ -13,7 +13,6 @@ removed in the end. Needs Linux.
 """
 
 import argparse
-import functools
 import json
 import logging
 import os
@@ -26,7 +25,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from datetime import date
-from functools import partial
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from statistics import fmean, median
@@ -64,7 +63,7 @@ def serve_nothing(_database: str) -> None:
 def serve_thread(database: str) -> None:
     """Serve the whole app on waitress with one thread of waitress's own, which opens the store."""
 
-    @functools.cache
+    @cache
     def app() -> Callable:
         return rockets.create_app(rockets.Store(database))
 
@@ -115,83 +114,74 @@ PEERS = {
 # What is measured #################################################################################
 
 SLICES = 8  # in one run, which takes some seconds; whatever else the machine does meets all alike
-POSTS = 500  # in one slice
 LIST = "/rockets?sort=speed&order=desc&limit=1000"
 ROCKET = f"/rockets/{next(launch.fly(seed=445))['metadata']['channel']}"
 
 
-class Server:
-    """A server in a process of its own, within the with block."""
-
-    def __init__(self, command: list[object]):
-        self.command = command
-        self.messages = launch.fly(seed=444)
-
-    def __enter__(self) -> "Server":
-        self.process, self.url = launch.start(*self.command)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.process.terminate()
-        self.process.communicate()
-
-    def rate(self, requests: list[bytes], concurrency: int) -> float:
-        """Return how many requests a second are answered."""
-        sender = launch.Sender(self.url, concurrency)
-        seconds = sender.run(requests)
-        if sender.retries:
-            sys.exit(f"bench: {self.command} answers {sender.failure}")
-        return len(requests) / seconds
-
-    def launch_rockets(self, fleet: int) -> None:
-        messages = launch.fly(seed=445, fleet=fleet)
-        launches = (sent for sent in messages if sent["metadata"]["messageNumber"] == 1)
-        self.rate(as_posts(self, islice(launches, fleet)), concurrency=20)
-
-
-def as_posts(server: Server, messages: Iterable[dict]) -> list[bytes]:
-    bodies = [json.dumps(message).encode() for message in messages]
-    return [launch.http_request("POST", f"{server.url}/messages", body) for body in bodies]
-
-
-def posts(server: Server) -> list[bytes]:
-    return as_posts(server, islice(server.messages, POSTS))
-
-
-def gets(path: str, count: int) -> Callable[[Server], list[bytes]]:
-    return lambda server: [launch.http_request("GET", server.url + path)] * count
-
-
 class Row(NamedTuple):
-    name: str
     what: str
-    fleet: int  # rockets that are there
-    requests: Callable[[Server], list[bytes]]  # of one slice
+    method: str
+    path: str
+    count: int  # requests in one slice
     concurrency: int
+    fleet: int = 0  # rockets that are there
     peers: tuple[str, ...] = ()
 
 
 NOTHING, THREAD, *OTHERS = PEERS
 ROWS = (
-    Row("post", "durable POST, 1 at a time", 0, posts, 1, (NOTHING, THREAD)),
-    Row("post", "durable POST, 3 at a time", 0, posts, 3, (NOTHING, THREAD)),
-    Row("post", "durable POST, 20 at a time", 0, posts, 20, (NOTHING, THREAD)),
-    Row("get", "GET of one rocket, 3 at a time", 20, gets(ROCKET, 400), 3),
-    Row("get", "list of 20 rockets", 20, gets(LIST, 125), 1),
-    Row("get", "list of 1,000 rockets", 1000, gets(LIST, 25), 1),
-    Row("get", "list of 1,000 of 10,000 rockets", 10_000, gets(LIST, 25), 1),
+    Row("durable POST, 1 at a time", "POST", "/messages", 500, 1, peers=(NOTHING, THREAD)),
+    Row("durable POST, 3 at a time", "POST", "/messages", 500, 3, peers=(NOTHING, THREAD)),
+    Row("durable POST, 20 at a time", "POST", "/messages", 500, 20, peers=(NOTHING, THREAD)),
+    Row("GET of one rocket, 3 at a time", "GET", ROCKET, 400, 3, fleet=20),
+    Row("list of 20 rockets", "GET", LIST, 125, 1, fleet=20),
+    Row("list of 1,000 rockets", "GET", LIST, 25, 1, fleet=1000),
+    Row("list of 1,000 of 10,000 rockets", "GET", LIST, 25, 1, fleet=10_000),
 )
 
 
-def compare(row: Row, opponents: dict[str, Callable], folder: Path, pairs: int) -> Iterator[tuple]:
+def as_bodies(messages: Iterable[dict]) -> list[bytes]:
+    return [json.dumps(message).encode() for message in messages]
+
+
+def rate(sender: launch.Sender, bodies: list[bytes]) -> float:
+    """Return how many requests a second are answered."""
+    seconds = sender.run(bodies)
+    if sender.retries:
+        sys.exit(f"bench: a request is answered with {sender.failure}")
+    return len(bodies) / seconds
+
+
+def launch_rockets(url: str, fleet: int) -> None:
+    messages = launch.fly(seed=445, fleet=fleet)
+    launches = (sent for sent in messages if sent["metadata"]["messageNumber"] == 1)
+    rate(launch.Sender(f"{url}/messages", concurrency=20), as_bodies(islice(launches, fleet)))
+
+
+def measure_in_turn(senders: list[launch.Sender], row: Row, pairs: int) -> list[list[float]]:
+    """Return the rate of each sender for each pair of runs. The first run warms up."""
+    messages, runs = launch.fly(seed=444), []
+    for _ in range(pairs + 1):
+        slices = []
+        for _ in range(SLICES):
+            bodies = [b""] * row.count
+            if row.method == "POST":
+                bodies = as_bodies(islice(messages, row.count))
+            slices.append([rate(sender, bodies) for sender in senders])
+        runs.append([fmean(rates) for rates in zip(*slices, strict=True)])
+    return runs[1:]
+
+
+def compare(row: Row, opponents: dict[str, list], folder: Path, pairs: int) -> Iterator[tuple]:
     """Yield what was measured and the figure, for each opponent."""
     with ExitStack() as stack:
-        servers = []
-        for command in (launch.service, *opponents.values()):
+        senders = []
+        for command in (launch.service(), *opponents.values()):
             database = Path(tempfile.mkdtemp(dir=folder)) / "rockets.db"
-            servers.append(stack.enter_context(Server(command(database))))
-            servers[-1].launch_rockets(row.fleet)
-        ours, *others = zip(*measure_in_turn(servers, row, pairs), strict=True)
+            server = stack.enter_context(launch.Server(*command, database))
+            launch_rockets(server.url, row.fleet)
+            senders.append(launch.Sender(server.url + row.path, row.concurrency, row.method))
+        ours, *others = zip(*measure_in_turn(senders, row, pairs), strict=True)
     if not others:
         yield row.what, f"{1000 / median(ours):.2f} ms"
     for name, theirs in zip(opponents, others, strict=True):
@@ -201,26 +191,14 @@ def compare(row: Row, opponents: dict[str, Callable], folder: Path, pairs: int) 
         yield f"{row.what}, against {name}", f"{times}: {figures}"
 
 
-def measure_in_turn(servers: list[Server], row: Row, pairs: int) -> list[list[float]]:
-    """Return the rate of each server for each pair of runs. The first run warms up."""
-    runs = []
-    for _ in range(pairs + 1):
-        slices = [
-            [server.rate(row.requests(server), row.concurrency) for server in servers]
-            for _ in range(SLICES)
-        ]
-        runs.append([fmean(rates) for rates in zip(*slices, strict=True)])
-    return runs[1:]
-
-
 def measure_run(folder: Path) -> Iterator[tuple]:
     """Yield what the test program's default run takes, as compare() does."""
-    with Server(launch.service(folder / "run.db")) as server:
+    with launch.Server(*launch.service(), folder / "run.db") as server:
         command = [sys.executable, launch.__file__, f"{server.url}/messages"]
         command += ["--reorder=300", "--duplicates=0.1"]
         said = subprocess.run(command, stdout=subprocess.PIPE, text=True).stdout.splitlines()
         yield "default run, up to 300 places late, a tenth of it twice", "; ".join(said[-2:])
-        status = Path(f"/proc/{server.process.pid}/status").read_text()
+        status = Path(f"/proc/{server.pid}/status").read_text()
         peak = int(status.partition("VmHWM:")[2].split()[0])
         yield "peak memory over it", f"{peak / 1024:.0f} MiB"
 
@@ -228,18 +206,12 @@ def measure_run(folder: Path) -> Iterator[tuple]:
 # Command line #####################################################################################
 
 
-def peer(python: str, name: str, database: Path) -> list[object]:
-    return [python, __file__, "serve", name, database]
-
-
-def choose_opponents(args: argparse.Namespace, row: Row) -> dict[str, Callable]:
-    """Return what makes the commands of the servers to compare with, by name."""
+def choose_opponents(args: argparse.Namespace, row: Row) -> dict[str, list]:
+    """Return the commands of the servers to compare with, but for the database, by name."""
     if args.against:
-        program = args.against.resolve() / "rockets.py"
-        return {str(args.against): partial(launch.service, program=program)}
-    if args.peers:
-        return {name: partial(peer, args.peers, name) for name in OTHERS}
-    return {name: partial(peer, sys.executable, name) for name in row.peers}
+        return {str(args.against): launch.service(args.against.resolve() / "rockets.py")}
+    names = OTHERS if args.peers else row.peers
+    return {name: [args.peers or sys.executable, __file__, "serve", name] for name in names}
 
 
 def read_arguments() -> argparse.Namespace:
@@ -254,8 +226,8 @@ def read_arguments() -> argparse.Namespace:
 
 def measure(args: argparse.Namespace, folder: Path) -> Iterator[tuple]:
     for row in ROWS:
-        is_for_peers = row.name == "post" or not args.peers
-        if args.only in (row.name, None) and is_for_peers:
+        is_for_peers = row.method == "POST" or not args.peers
+        if args.only in (row.method.lower(), None) and is_for_peers:
             yield from compare(row, choose_opponents(args, row), folder, args.pairs)
     if args.only in ("run", None) and not args.against and not args.peers:
         yield from measure_run(folder)

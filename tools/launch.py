@@ -1,9 +1,8 @@
 """Launch sends a fleet's messages to the service and checks what the service made of them.
 
 It stands in for the challenge's test program, with the same flags: a new connection for every
-message, a retry 500 ms after any answer but a 2xx, and the same messages for the same seed. It can
-also send them out of order and some of them twice. At the end it compares every rocket that the
-service serves with what its messages add up to, and exits 1 if there is a difference.
+message, a retry 500 ms after any answer but a 2xx, and the same messages for the same seed. At the
+end it compares every rocket with what its messages add up to, and exits 1 if there is a difference.
 
     python tools/launch.py launch "http://localhost:8088/messages" --message-delay=500ms
     python tools/launch.py http://localhost:8088/messages --duplicates=0.1 --reorder=300
@@ -17,7 +16,6 @@ import re
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 import uuid
 from collections import Counter, defaultdict
@@ -26,6 +24,7 @@ from contextlib import suppress
 from datetime import datetime
 from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from threading import Lock, Thread
 from urllib.parse import urljoin, urlsplit
 from urllib.request import ProxyHandler, build_opener
@@ -35,21 +34,18 @@ from urllib.request import ProxyHandler, build_opener
 TYPES = "Falcon-9 Falcon-Heavy Saturn-V Ariane-5 Soyuz-2 Atlas-V Delta-IV Electron".split()
 MISSIONS = "ARTEMIS SHUTTLE_MIR APOLLO GEMINI SKYLAB VOYAGER CASSINI ROSETTA VOSTOK".split()
 REASONS = "PRESSURE_VESSEL_FAILURE ENGINE_FAILURE FUEL_LEAK GUIDANCE_FAILURE".split()
-SPEED_STEP = 500  # all speeds are multiples of it, and none is below it
 
 
 def fly(seed: int, fleet: int = 20) -> Iterator[dict]:
     """Yield the messages of a fleet without end; each rocket's in the order of their numbers."""
     dice = random.Random(seed)
-    names = [f"rocket {place} of seed {seed}" for place in range(fleet)]
-    flying = [str(uuid.uuid5(uuid.NAMESPACE_URL, name)) for name in names]
+    flying = [str(uuid.uuid5(uuid.NAMESPACE_URL, f"{seed}/{n}")) for n in range(fleet)]
     lifetimes = {channel: dice.randint(300, 4500) for channel in flying[:6]}  # the others fly on
-    numbers: Counter[str] = Counter()  # of messages, by channel
-    speeds: Counter[str] = Counter()
+    numbers, speeds = Counter(), Counter()  # by channel
     while True:
         channel = dice.choice(flying)
         numbers[channel] += 1
-        change = SPEED_STEP * dice.randint(1, 8)
+        change = 500 * dice.randint(1, 8)  # all speeds are multiples of 500, and none is below it
         if numbers[channel] == 1:
             message_type, speeds[channel] = "RocketLaunched", change
             content = {"type": dice.choice(TYPES), "launchSpeed": change}
@@ -125,69 +121,84 @@ def compare(expected: dict[str, dict], served: dict[str, dict]) -> Iterator[str]
                 yield f"{channel} {field} is {json.dumps(got)}, not {json.dumps(right)}"
 
 
-# Sending ##########################################################################################
+# The service ######################################################################################
 
-RETRY_AFTER = 0.5  # seconds, as the test program waits
+SERVICE = Path(__file__).resolve().parent.parent / "rockets.py"
 TIMEOUT = 10  # seconds until an answer is given up
 IS_TERMINAL = sys.stdout.isatty()
 SAY_EVERY = 0.1 if IS_TERMINAL else 10  # seconds
 
 
-def http_request(method: str, url: str, body: bytes = b"") -> bytes:
-    """Return a request to send as it is; it asks to close the connection after the answer."""
-    parts = urlsplit(url)
-    target = url.partition(parts.netloc)[2]
-    head = f"{method} {target} HTTP/1.1\r\nHost: {parts.netloc}\r\nConnection: close\r\n"
-    head += f"Content-Length: {len(body)}\r\n\r\n"
-    return head.encode() + body
+def service(program: Path = SERVICE) -> list[Path | str]:
+    """Return the command that runs the service on a free port; the database's path follows it."""
+    return [sys.executable, program, "--host=127.0.0.1", "--port=0", "--database"]
+
+
+class Server(subprocess.Popen):
+    """A server in a process of its own, within the with block. Raises OSError."""
+
+    def __init__(self, *command: Path | str):
+        super().__init__(command, stdout=subprocess.PIPE, text=True)
+        listens = re.search(r"http://[\w.:]+", self.stdout.readline())
+        if not listens:
+            raise OSError(f"the server does not start, and exits with {self.wait()}")
+        self.url = listens[0]
+
+    def __exit__(self, *_: object) -> None:
+        self.terminate()
+        self.communicate()  # until it has closed stdout
+
+    def restart(self) -> None:
+        """Kill it, and start it again on the same port."""
+        self.kill()
+        self.communicate()
+        self.__init__(*self.args, f"--port={urlsplit(self.url).port}")  # as a new process
 
 
 class Sender:
-    """Sends requests, each on a new connection, until each is answered with a 2xx."""
+    """Sends bodies of requests, each on a new connection, until each is answered with a 2xx."""
 
-    def __init__(self, url: str, concurrency: int):
+    def __init__(self, url: str, concurrency: int, method: str = "POST"):
         parts = urlsplit(url)
+        path = url.partition(parts.netloc)[2]  # with the query
+        self.head = f"{method} {path} HTTP/1.1\r\nHost: {parts.netloc}\r\nConnection: close\r\n"
         self.address = (parts.hostname, parts.port or 80)
         self.concurrency = concurrency  # requests under way at a time
-        self.turn = Lock()  # to take the next request
+        self.turn = Lock()  # to take the next body
         self.lock = Lock()  # for what is counted
         self.done = self.duplicates = self.retries = 0
         self.failure = ""  # reason of the last retry
 
-    def run(self, requests: Iterable[bytes], watch: Callable | None = None) -> float:
-        """Send all requests, calling watch(self) now and then; return the seconds that it took."""
+    def run(self, bodies: Iterable[bytes], watch: Callable = lambda sender: None) -> float:
+        """Send all bodies, calling watch(self) now and then; return the seconds that it took."""
         began = time.perf_counter()
-        shared, threads = iter(requests), []
+        shared, threads = iter(bodies), []
         for _ in range(self.concurrency):
             threads.append(Thread(target=self.work, args=[shared], daemon=True))
             threads[-1].start()
         for thread in threads:
             thread.join(SAY_EVERY)
             while thread.is_alive():
-                if watch:
-                    watch(self)
+                watch(self)
                 thread.join(SAY_EVERY)
         return time.perf_counter() - began
 
-    def work(self, requests: Iterator[bytes]) -> None:
+    def work(self, bodies: Iterator[bytes]) -> None:
         while True:
             with self.turn:
-                request = next(requests, None)
-            if not request:
+                body = next(bodies, None)
+            if body is None:
                 return
-            while not self.deliver(request):
-                time.sleep(RETRY_AFTER)
+            while not self.deliver(body):
+                time.sleep(0.5)  # as the test program waits
 
-    def deliver(self, request: bytes) -> bool:
-        """Send a request once, and tell whether it was answered with a 2xx."""
-        answer, failure = b"", "closed without an answer"
-        try:
-            with socket.create_connection(self.address, TIMEOUT) as connection:
-                connection.sendall(request)
-                while received := connection.recv(1 << 16):
-                    answer += received
-        except OSError as error:
-            failure = str(error)
+    def deliver(self, body: bytes) -> bool:
+        """Send a body once, and tell whether it was answered with a 2xx."""
+        answer = b""
+        with suppress(OSError), socket.create_connection(self.address, TIMEOUT) as connection:
+            connection.sendall(f"{self.head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+            while received := connection.recv(1 << 16):
+                answer += received
         status = answer.partition(b"\r\n")[0].partition(b" ")[2].decode()
         is_done = status.startswith("2")
         with self.lock:
@@ -195,59 +206,20 @@ class Sender:
             self.duplicates += b'"duplicate"' in answer
             self.retries += not is_done
             if not is_done:
-                self.failure = status or failure
+                self.failure = status or "no answer"
         return is_done
-
-
-# The service ######################################################################################
-
-SERVICE = Path(__file__).resolve().parent.parent / "rockets.py"
-
-
-def service(database: Path, port: int = 0, program: Path = SERVICE) -> list[object]:
-    """Return the command that runs the service, by default on a free port."""
-    return [sys.executable, program, "--host=127.0.0.1", f"--port={port}", "--database", database]
-
-
-def start(*command: object) -> tuple[subprocess.Popen, str]:
-    """Run a server that prints where it listens; return the process and its URL. Raise OSError."""
-    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, text=True)
-    listens = re.search(r"http://[\w.:]+", process.stdout.readline())
-    if not listens:
-        raise OSError(f"{command[-1]} does not start, and exits with {process.wait()}")
-    return process, listens[0]
-
-
-class Service:
-    """The service as a process of its own."""
-
-    def __init__(self, database: Path):
-        self.database = database
-        self.process, self.url = start(*service(database))
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.communicate()
-
-    def restart(self) -> None:
-        self.kill()
-        self.process, _ = start(*service(self.database, urlsplit(self.url).port))
 
 
 def read_rockets(url: str) -> dict[str, dict]:
     """Return the rockets that changed last, 1,000 at most, by channel. Raise OSError."""
     page = urljoin(url, "rockets?sort=updatedAt&order=desc&limit=1000")
-    opener = build_opener(ProxyHandler({}))  # no proxy, as the messages take none
-    with opener.open(page, timeout=TIMEOUT) as answer:
+    with build_opener(ProxyHandler({})).open(page, timeout=TIMEOUT) as answer:  # without a proxy
         return {rocket["channel"]: rocket for rocket in json.load(answer)["rockets"]}
 
 
 # Command line #####################################################################################
 
-BAR = 10  # characters
 KILLS = 5
-DEMO = {"max_messages": 20_000, "duplicates": 0.1, "reorder": 20_000, "concurrency_level": 20}
-OVERTAKEN = "not compared: the service holds later messages of this seed; start it with --reset"
 
 
 def say(line: str, end: str = "\n") -> None:
@@ -255,68 +227,52 @@ def say(line: str, end: str = "\n") -> None:
     print(f"\r\x1b[K{line}" if IS_TERMINAL else line, end=end, flush=True)
 
 
-class Run:
-    """Messages to send, and what the service should make of them."""
+def run(args: argparse.Namespace, server: Server | None = None) -> bool:
+    """Send messages, killing the server if there is one; tell whether anything is wrong then."""
+    total = round(args.max_messages * (1 + args.duplicates))  # about, with the copies
+    kills = {total * number // (KILLS + 1): number for number in range(1, KILLS + 1)}  # by place
+    sent: dict[str, list[dict]] = defaultdict(list)  # by channel
 
-    def __init__(self, args: argparse.Namespace, url: str, kill: Callable | None = None):
-        """Call kill(), if there is one, KILLS times while messages are sent."""
-        self.args, self.url, self.kill = args, url, kill
-        self.total = round(args.max_messages * (1 + args.duplicates))  # about, with the copies
-        self.sent: dict[str, list[dict]] = defaultdict(list)  # messages by channel
-
-    def requests(self) -> Iterator[bytes]:
-        args, part = self.args, self.total // KILLS
+    def bodies() -> Iterator[bytes]:
         messages = islice(fly(args.seed), args.max_messages)
         disordered = disorder(messages, args.seed, args.reorder, args.duplicates)
         for place, message in enumerate(disordered):
-            if self.kill and place % part == part // 2:
-                self.kill()
-                say(f"kill {place // part + 1} of {KILLS} after {place:,} messages")
+            if server and place in kills:
+                server.restart()
+                say(f"kill {kills[place]} of {KILLS} after {place:,} messages")
             time.sleep(args.message_delay)
-            self.sent[message["metadata"]["channel"]].append(message)
-            yield http_request("POST", self.url, json.dumps(message).encode())
+            sent[message["metadata"]["channel"]].append(message)
+            yield json.dumps(message).encode()
 
-    def say_progress(self, sender: Sender) -> None:
-        bar = "#" * (BAR * sender.done // self.total)
-        line = f"{sender.done:,} messages, {sender.retries:,} retries {sender.failure}"
-        say(f"{bar:.<{BAR}} {line}", end="" if IS_TERMINAL else "\n")
+    def say_progress(sender: Sender) -> None:
+        bar = "#" * (10 * sender.done // total)
+        line = f"{bar:.<10} {sender.done:,} messages, {sender.retries:,} retries {sender.failure}"
+        say(line, end="" if IS_TERMINAL else "\n")
 
-    def send(self) -> bool:
-        """Send all, compare, and tell whether all is right."""
-        held = {}
-        with suppress(OSError):  # the service may not run yet
-            held = read_rockets(self.url)
-        sender = Sender(self.url, self.args.concurrency_level)
-        took = sender.run(self.requests(), self.say_progress)
-        line = f"{sender.done:,} messages in {took:,.1f} s, {sender.done / took:,.0f} a second, "
-        say(f"{line}{sender.duplicates:,} duplicates, {sender.retries:,} retries")
-        return self.verify(held)
+    held = read_rockets(args.url)
+    sender = Sender(args.url, args.concurrency_level)
+    took = sender.run(bodies(), say_progress)
+    line = f"{sender.done:,} messages in {took:,.1f} s, {sender.done / took:,.0f} a second, "
+    say(f"{line}{sender.duplicates:,} duplicates, {sender.retries:,} retries")
+    return verify(sent, held, read_rockets(args.url))
 
-    def verify(self, held: dict[str, dict]) -> bool:
-        """Say where the service differs, given the rockets that it held at the start."""
-        rockets = {channel: fold(messages) for channel, messages in self.sent.items()}
-        for channel in rockets.keys() & held.keys():
-            if held[channel]["lastMessageNumber"] > rockets[channel]["lastMessageNumber"]:
-                say(OVERTAKEN)
-                return False
-            del rockets[channel]["launchedAt"], rockets[channel]["updatedAt"]  # of an earlier run
-        differences = list(compare(rockets, read_rockets(self.url)))
-        for line in differences:
-            say(line)
-        say(f"{len(rockets)} rockets, {len(differences):,} differences")
-        return not differences
+
+def verify(sent: dict[str, list], held: dict[str, dict], served: dict[str, dict]) -> bool:
+    """Say what is wrong with the rockets served, and tell whether anything is."""
+    rockets = {channel: fold(messages) for channel, messages in sent.items()}
+    for channel in rockets.keys() & held.keys():
+        if held[channel]["lastMessageNumber"] > rockets[channel]["lastMessageNumber"]:
+            sys.exit("not compared: the service holds later messages of this seed; use its --reset")
+        del rockets[channel]["launchedAt"], rockets[channel]["updatedAt"]  # of an earlier run
+    differences = list(compare(rockets, served))
+    print(*differences, f"{len(rockets)} rockets, {len(differences):,} differences", sep="\n")
+    return bool(differences)
 
 
 def run_demo(args: argparse.Namespace) -> bool:
-    began = time.perf_counter()
-    with tempfile.TemporaryDirectory(prefix="launch-") as folder:
-        running = Service(Path(folder) / "rockets.db")
-        try:
-            is_right = Run(args, f"{running.url}/messages", running.restart).send()
-        finally:
-            running.kill()
-    say(f"the demo took {time.perf_counter() - began:.1f} s")
-    return is_right
+    with TemporaryDirectory() as folder, Server(*service(), f"{folder}/rockets.db") as server:
+        args.url = f"{server.url}/messages"
+        return run(args, server)
 
 
 def seconds(text: str) -> float:
@@ -327,21 +283,20 @@ def seconds(text: str) -> float:
 
 
 def read_arguments(words: list[str]) -> argparse.Namespace:
-    style = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], formatter_class=style)
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     option = parser.add_argument
-    option("url", nargs="?", help="where to post, such as http://localhost:8088/messages")
-    option("--message-delay", type=seconds, default="0", help="pause, such as 500ms")
-    option("--concurrency-level", type=int, default=3, help="messages on their way at a time")
-    option("--max-messages", type=int, default=100_000, help="to send, copies not counted")
-    option("--seed", type=int, default=444, help="the same one gives the same messages")
-    option("--duplicates", type=float, default=0, help="share of the messages to send twice")
-    option("--reorder", type=int, default=0, help="places that a message is late at most")
+    option("url", nargs="?", default="", help="such as http://localhost:8088/messages")
+    option("--message-delay", type=seconds, default="0", help="pause, such as 500ms; default: 0")
+    option("--concurrency-level", type=int, default=3, help="messages under way; default: 3")
+    option("--max-messages", type=int, default=100_000, help="not counting copies; default: 100000")
+    option("--seed", type=int, default=444, help="same seed, same messages; default: 444")
+    option("--duplicates", type=float, default=0, help="share of them to send twice; default: 0")
+    option("--reorder", type=int, default=0, help="places that one is late at most; default: 0")
     option("--demo", action="store_true", help="start a service, and kill it while messages come")
     if "--demo" in words:
-        parser.set_defaults(**DEMO)
+        parser.set_defaults(max_messages=20000, duplicates=0.1, reorder=20000, concurrency_level=20)
     args = parser.parse_args(words[1:] if words[:1] == ["launch"] else words)
-    if not args.demo and urlsplit(args.url or "").scheme != "http":
+    if not args.demo and urlsplit(args.url).scheme != "http":
         parser.error("a URL is needed, such as http://localhost:8088/messages")
     return args
 
@@ -349,12 +304,11 @@ def read_arguments(words: list[str]) -> argparse.Namespace:
 def main() -> None:
     args = read_arguments(sys.argv[1:])
     try:
-        is_right = run_demo(args) if args.demo else Run(args, args.url).send()
+        sys.exit(run_demo(args) if args.demo else run(args))
     except KeyboardInterrupt:
         sys.exit(130)
     except OSError as error:
         sys.exit(f"launch: {error}")
-    sys.exit(not is_right)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ It needs Linux, strace 5.3 or newer, and the service's packages.
 """
 
 import argparse
-import importlib
 import json
 import random
 import re
@@ -32,8 +31,6 @@ from webtest import TestApp
 
 SEED, MESSAGES = 449, 600
 SECTOR = 512  # bytes, which a disk writes as a whole or not at all
-CONNECTIONS = 4  # at a time
-DUPLICATES, REORDER = 0.1, 20  # share of the messages, places
 PADDING = 2000  # characters in a message; SQLite begins a checkpoint after 1,000 pages of 4 KiB
 
 REPLAYED = "openat pwrite64 ftruncate fsync fdatasync ?unlink unlinkat recvfrom sendto".split()
@@ -138,25 +135,21 @@ def key(message: dict) -> tuple[str, int]:
     return message["metadata"]["channel"], message["metadata"]["messageNumber"]
 
 
-def record(program: Path, folder: Path, trace: Path) -> None:
+def record(program: Path, folder: Path) -> None:
     """Run the service until it has acknowledged all messages, some of them twice; stop it."""
-    command = launch.service(folder / "rockets.db", program=program)
-    process, url = launch.start(*STRACE, "-o", trace, *command)
-
-    def requests() -> Iterator[bytes]:
-        messages = islice(launch.fly(SEED), MESSAGES)
-        for message in launch.disorder(messages, SEED, REORDER, DUPLICATES):
-            message["message"]["note"] = "x" * PADDING
-            yield launch.http_request("POST", f"{url}/messages", json.dumps(message).encode())
-
-    launch.Sender(url, CONNECTIONS).run(requests())
-    process.terminate()
-    process.communicate()  # until strace, too, has closed stdout, and the trace is complete
+    messages = list(islice(launch.fly(SEED), MESSAGES))
+    for message in messages:
+        message["message"]["note"] = "x" * PADDING
+    sent = launch.disorder(messages, SEED, reorder=20, duplicates=0.1)
+    tracer = [*STRACE, "-o", folder / "trace"]
+    with launch.Server(*tracer, *launch.service(program), folder / "rockets.db") as server:
+        sender = launch.Sender(f"{server.url}/messages", concurrency=4)
+        sender.run(json.dumps(message).encode() for message in sent)
 
 
-def calls(trace: Path, folder: Path) -> Iterator[Call]:
+def calls(folder: Path) -> Iterator[Call]:
     """Yield what was done to the folder, its files and the connections, in order of the returns."""
-    for line in trace.open("rb"):
+    for line in (folder / "trace").open("rb"):
         call = line.split(maxsplit=1)[1]
         before, quote, rest = call.partition(b'"')
         content, _, after = rest.rpartition(b'"') if quote else (b"", b"", call)
@@ -174,9 +167,10 @@ def calls(trace: Path, folder: Path) -> Iterator[Call]:
 # What is left #####################################################################################
 
 
-def faults(program: Path, database: Path, acknowledged: dict[tuple, dict]) -> Iterator[str]:
+def faults(database: Path, acknowledged: dict[tuple, dict]) -> Iterator[str]:
     """Yield what is wrong with a database, each as a line of text."""
-    rockets = importlib.import_module(program.stem)
+    import rockets  # of the program's folder
+
     try:
         with closing(rockets.Store(str(database))) as store:
             app = TestApp(rockets.create_app(store))
@@ -193,15 +187,15 @@ def faults(program: Path, database: Path, acknowledged: dict[tuple, dict]) -> It
     yield from launch.compare(dict(zip(found, map(launch.fold, histories), strict=True)), found)
 
 
-def cut_often(program: Path, trace: list[Call], folder: Path, cuts: int) -> int:
+def cut_often(trace: list[Call], folder: Path, cuts: int) -> int:
     """Cut the power at random moments; return after how many cuts anything was wrong."""
-    dice, machine, done, bad_cuts = random.Random(SEED), Machine(folder / "live"), 0, 0
+    dice, machine, done, bad_cuts = random.Random(SEED), Machine(folder), 0, 0
     for moment in sorted(dice.choices(range(len(trace) + 1), k=cuts)):
         for call in trace[done:moment]:
             machine.replay(*call)
         done, left = moment, folder / "left"
         machine.cut(dice, left)
-        wrong = next(faults(program, left / "rockets.db", machine.acknowledged), None)
+        wrong = next(faults(left / "rockets.db", machine.acknowledged), None)
         if wrong:
             bad_cuts += 1
             print(f"after call {moment:,} of {len(trace):,}: {wrong}")
@@ -218,10 +212,8 @@ def main() -> None:
     sys.path.insert(0, str(args.program.parent))
     with tempfile.TemporaryDirectory(prefix="powercut-") as name:
         folder = Path(name).resolve()
-        (folder / "live").mkdir()
-        record(args.program, folder / "live", folder / "trace")
-        trace = list(calls(folder / "trace", folder / "live"))
-        bad_cuts = cut_often(args.program, trace, folder, args.cuts)
+        record(args.program, folder)
+        bad_cuts = cut_often(list(calls(folder)), folder, args.cuts)
     print(f"{args.cuts} power cuts in {MESSAGES} messages: {bad_cuts} with faults")
     sys.exit(bad_cuts > 0)
 

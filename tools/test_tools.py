@@ -28,9 +28,8 @@ def database(tmp_path):
 
 @pytest.fixture
 def url(database):
-    service = launch.Service(database)
-    yield f"{service.url}/messages"
-    service.kill()
+    with launch.Server(*launch.service(), database) as server:
+        yield f"{server.url}/messages"
 
 
 def run(*words, tool="launch.py"):
@@ -70,13 +69,19 @@ def test_launch_says_in_one_line_that_later_messages_are_there(url):
     assert compared.startswith("not compared: the service holds later messages of this seed")
 
 
+@pytest.mark.parametrize("url", ["", "localhost:8088/messages", "http://localhost:1/messages"])
+def test_launch_says_in_one_line_that_no_service_is_there(url):
+    code, lines = run(url)
+    assert code > 0
+    assert re.match(r"launch(\.py: error: a URL is needed|: .*refused)", lines[-1])
+
+
 def test_the_demo_kills_the_service_five_times_and_finds_no_difference():
     code, lines = run("--demo", "--max-messages=200")
-    kills = [line.split(" after ")[0] for line in lines[:5]]
+    kills = [line.split(" after ")[0] for line in lines if line.startswith("kill ")]
     assert kills == [f"kill {number} of 5" for number in range(1, 6)], lines
-    assert not lines[5].endswith(" 0 retries")  # of what was under way
-    assert (code, lines[-2]) == (0, "20 rockets, 0 differences")
-    assert lines[-1].startswith("the demo took ")
+    assert not lines[-2].endswith(" 0 retries")  # of what was under way
+    assert (code, lines[-1]) == (0, "20 rockets, 0 differences")
 
 
 def test_launch_flies_as_the_test_program_does():
@@ -143,7 +148,7 @@ def test_what_gets_no_2xx_is_sent_again_after_half_a_second():
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         url = f"http://localhost:{server.server_port}/messages"
         sender = launch.Sender(url, concurrency=4)
-        took = sender.run(launch.http_request("POST", url, body) for body in bodies)
+        took = sender.run(bodies)
         server.shutdown()
     assert sorted(RefusingOnce.seen) == sorted(bodies * 2)
     assert took >= 0.5
