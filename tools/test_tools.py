@@ -70,7 +70,7 @@ def test_launch_says_in_one_line_that_later_messages_are_there(url):
 
 
 @pytest.mark.parametrize("url", ["", "localhost:8088/messages", "http://localhost:1/messages"])
-def test_launch_says_in_one_line_that_no_service_is_there(url):
+def test_launch_says_what_is_wrong_with_its_url(url):
     code, lines = run(url)
     assert code > 0
     assert re.match(r"launch(\.py: error: a URL is needed|: .*refused)", lines[-1])
