@@ -3,10 +3,10 @@
 Messages arrive out of order and more than once. A 202 means that the message is on disk, counts
 exactly once and is in every later answer. Neither a crash nor a power cut takes it back.
 
-The idea: the state of a rocket is a function of the set of its messages, not of their order. So
-each message counts as it comes, by one upsert: changes of speed add up, and message numbers decide
-which launch, mission and explosion stand. A table of all messages, written in the same transaction,
-keeps a redelivery from counting again. `python rockets.py --help` tells how to run it.
+The state of a rocket is a function of the set of its messages, not of their order. So each message
+counts as it comes, by one upsert: changes of speed add up, and message numbers decide which launch,
+mission and explosion stand. A table of all messages keeps a redelivery from counting again.
+`python rockets.py --help` tells how to run it.
 """
 
 import argparse
@@ -21,7 +21,7 @@ import sqlite3
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -35,21 +35,18 @@ try:
     from waitress.channel import HTTPChannel
     from waitress.parser import HTTPRequestParser, ParsingError, TransferEncodingNotImplemented
     from waitress.task import Task, WSGITask
-    from waitress.utilities import BadRequest
 except ImportError as error:
     sys.exit(f"rockets: {error}; install it with: python3 -m pip install -r requirements.txt")
 
 VERSION = "3.0.0"
-MAX_NUMBER = 2**53 - 1  # up to here every JSON parser reads whole numbers exactly (RFC 8259, 6)
+MAX_NUMBER = 2**53 - 1  # up to here every JSON parser is exact (RFC 8259)
 log = logging.getLogger("rockets")
 
 # SQL ##############################################################################################
 
 # The fields of a rocket: the members of its JSON, in this order, and columns of its table.
-ROCKET_FIELDS = (
-    "channel", "type", "speed", "mission", "status", "explosionReason",
-    "launchedAt", "updatedAt", "lastMessageNumber", "missingMessages",
-)  # fmt: skip
+ROCKET_FIELDS = ("channel", "type", "speed", "mission", "status", "explosionReason")
+ROCKET_FIELDS += ("launchedAt", "updatedAt", "lastMessageNumber", "missingMessages")
 STATUSES = ("active", "awaiting_launch", "exploded")
 NO_NUMBER = MAX_NUMBER + 1  # stands for no launch or no explosion; every real number is lower
 
@@ -59,8 +56,7 @@ CREATE TABLE IF NOT EXISTS messages (
     messageTime TEXT NOT NULL, messageType TEXT NOT NULL, message TEXT NOT NULL,
     PRIMARY KEY (channel, messageNumber)
 ) STRICT, WITHOUT ROWID"""
-# The rockets are a projection. They can be made anew from the messages at any time.
-# json is the rocket as it is served. It is made once for each message, not for each answer.
+# A projection of the messages. json is the rocket as it is served, made with each message.
 CREATE_ROCKETS = f"""
 CREATE TABLE rockets (
     channel TEXT NOT NULL PRIMARY KEY,
@@ -71,15 +67,16 @@ CREATE TABLE rockets (
     explosionNumber INTEGER NOT NULL, explosionReason TEXT,
     speed INTEGER AS (launchSpeed + speedChange),
     missingMessages INTEGER AS (lastMessageNumber - messageCount),
-    status TEXT AS (
-        iif(explosionReason IS NOT NULL, 'exploded',
-            iif(type IS NOT NULL, 'active', 'awaiting_launch'))),
+    status TEXT AS (iif(explosionReason IS NOT NULL, 'exploded',
+        iif(type IS NOT NULL, 'active', 'awaiting_launch'))),
     json TEXT NOT NULL AS (
         json_object({", ".join(f"'{field}', {field}" for field in ROCKET_FIELDS)})) STORED
 ) STRICT, WITHOUT ROWID"""
 
 # The row does not depend on the order of the messages: sums do not, and the lowest or the highest
 # number wins whenever it comes. A field that a message lacks is NULL. Only a launch has a :type.
+# WHERE skips a message that is in the table messages, and then no row is returned. It only limits
+# the update, which is enough: a channel without a rocket has no messages.
 UPSERT = f"""
 INSERT INTO rockets AS old (
     channel, messageCount, speedChange,
@@ -102,25 +99,21 @@ ON CONFLICT (channel) DO UPDATE SET
     speedChange = old.speedChange + excluded.speedChange,
     -- the message with the highest number
     lastMessageNumber = max(old.lastMessageNumber, excluded.lastMessageNumber),
-    updatedAt = iif(
-        excluded.lastMessageNumber > old.lastMessageNumber, excluded.updatedAt, old.updatedAt),
+    updatedAt = iif(excluded.lastMessageNumber > old.lastMessageNumber,
+        excluded.updatedAt, old.updatedAt),
     -- the launch with the lowest number
     launchNumber = min(old.launchNumber, excluded.launchNumber),
     type = iif(excluded.launchNumber < old.launchNumber, excluded.type, old.type),
-    launchSpeed = iif(
-        excluded.launchNumber < old.launchNumber, excluded.launchSpeed, old.launchSpeed),
+    launchSpeed = iif(excluded.launchNumber < old.launchNumber,
+        excluded.launchSpeed, old.launchSpeed),
     launchedAt = iif(excluded.launchNumber < old.launchNumber, excluded.launchedAt, old.launchedAt),
     -- the launch or change of mission with the highest number
     missionNumber = max(old.missionNumber, excluded.missionNumber),
     mission = iif(excluded.missionNumber > old.missionNumber, excluded.mission, old.mission),
     -- the explosion with the lowest number
     explosionNumber = min(old.explosionNumber, excluded.explosionNumber),
-    explosionReason = iif(
-        excluded.explosionNumber < old.explosionNumber,
-        excluded.explosionReason, old.explosionReason)"""
-# A POST runs this. It changes nothing and returns no row if the message is in the table messages.
-# (WHERE limits only the update. A channel without a rocket has no messages, so it needs no check.)
-UPSERT_IF_NEW = f"""{UPSERT}
+    explosionReason = iif(excluded.explosionNumber < old.explosionNumber,
+        excluded.explosionReason, old.explosionReason)
 WHERE NOT EXISTS (
     SELECT * FROM messages WHERE channel = :channel AND messageNumber = :messageNumber)
 RETURNING channel"""
@@ -135,8 +128,7 @@ WHERE channel = :channel AND messageNumber = :messageNumber"""
 # CAST: sqlite3 then returns bytes, which go out as they are.
 SELECT_ROCKET = "SELECT CAST(json AS BLOB) FROM rockets WHERE channel = :channel"
 MATCHING = """
-FROM rockets
-WHERE (:status IS NULL OR status = :status) AND (:type IS NULL OR type = :type)
+FROM rockets WHERE (:status IS NULL OR status = :status) AND (:type IS NULL OR type = :type)
     AND (:mission IS NULL OR mission = :mission)
     AND (:q IS NULL OR contains(:q, channel, type, mission))"""
 COUNT_MATCHING = f"SELECT count(*) {MATCHING}"
@@ -145,13 +137,12 @@ SORT_KEYS |= {"launchedAt": "julianday(launchedAt)", "updatedAt": "julianday(upd
 SELECT_ROCKETS = f"""
 SELECT CAST(json AS BLOB) {MATCHING}
 ORDER BY %(key)s %(order)s NULLS LAST, channel LIMIT :limit OFFSET :offset"""
-COUNT_MESSAGES = "SELECT messageCount FROM rockets WHERE channel = :channel"
+COUNT_MESSAGES = "SELECT coalesce(sum(messageCount), 0) FROM rockets WHERE channel = :channel"
 SELECT_MESSAGES = """
 SELECT messageNumber, CAST('{"metadata":' || json_object(
     'channel', channel, 'messageNumber', messageNumber,
     'messageTime', messageTime, 'messageType', messageType
-) || ',"message":' || message || '}' AS BLOB)
-FROM messages
+) || ',"message":' || message || '}' AS BLOB) FROM messages
 WHERE channel = :channel AND messageNumber > :after AND messageNumber < :before
 ORDER BY messageNumber %(order)s LIMIT :limit + 1"""  # one more tells whether there are more
 SUMS_AGREE = """
@@ -162,39 +153,34 @@ SELECT count(*), coalesce(sum(messageCount), 0), CAST(total(missingMessages) AS 
 FROM rockets"""
 COUNT_BY_STATUS = "SELECT status, count(*) FROM rockets GROUP BY status"
 COUNT_BY_NAME = """
-SELECT %(field)s, count(*) FROM rockets
-WHERE %(field)s IS NOT NULL GROUP BY %(field)s
+SELECT %(field)s, count(*) FROM rockets WHERE %(field)s IS NOT NULL GROUP BY %(field)s
 ORDER BY count(*) DESC, %(field)s LIMIT 100"""  # enough for a menu
 
 # Messages #########################################################################################
 
-MAX_BODY = 16 * 1024  # bytes; a real message has about 300; more than this gets a 413
+MAX_BODY = 16 * 1024  # bytes; a real message has about 300
 MAX_NAME = 256  # characters
 MAX_SPEED = 2**31 - 1
 DATE_AND_TIME = r"\d{4}-\d\d-\d\dT([01]\d|2[0-3]):\d\d:\d\d(\.\d+)?"  # no 24:00, by RFC 3339
-UTC_OFFSET = r"(Z|[+-](0\d|1[0-3]):[0-5]\d|[+-]14:00)"  # no place on Earth has more
+UTC_OFFSET = r"(Z|[+-](0\d|1[0-3]):[0-5]\d|[+-]14:00)"
 TIME_WORDS = "an RFC 3339 time with an offset up to 14:00, such as 2022-02-02T19:39:05+01:00"
 
-# A rule says in words what a value must be, and has a function that returns what is kept of the
-# value. The function raises ValueError or TypeError for any other value.
+# A rule is what a value must be, in words, and a function that converts the value or raises.
 Rule = tuple[str, Callable]
 
 
 def whole(lowest: int, highest: int) -> Rule:
     def keep(value: Any) -> int:
-        is_whole = type(value) is int or (type(value) is float and value.is_integer())  # no bool
-        if not is_whole or not lowest <= value <= highest:
-            raise ValueError
+        if type(value) not in (int, float) or not lowest <= value <= highest or value % 1:
+            raise ValueError  # also for a bool
         return int(value)
 
     return f"a whole number from {lowest} to {highest}", keep
 
 
 def text(words: str, pattern: str, convert: Callable[[str], Any] = str) -> Rule:
-    fullmatch = re.compile(pattern).fullmatch
-
     def keep(value: Any) -> Any:
-        if not fullmatch(value):  # raises TypeError if the value is no text
+        if not re.fullmatch(pattern, value):  # raises TypeError if the value is no text
             raise ValueError
         return convert(value)
 
@@ -216,10 +202,8 @@ def keep_time(value: str) -> str:
 
 
 OBJECT = ("an object", dict.copy)  # raises TypeError if the value is no dict
-NAME = text(
-    f"a text of 1 to {MAX_NAME} characters, no NUL, no lone surrogate",
-    rf"[^\0\ud800-\udfff]{{1,{MAX_NAME}}}",
-)
+NAME_WORDS = f"a text of 1 to {MAX_NAME} characters, no NUL, no lone surrogate"
+NAME = text(NAME_WORDS, rf"[^\0\ud800-\udfff]{{1,{MAX_NAME}}}")
 SPEED = whole(0, MAX_SPEED)
 MESSAGE_TYPES = {
     "RocketLaunched": {"type": NAME, "launchSpeed": SPEED, "mission": NAME},
@@ -230,7 +214,6 @@ MESSAGE_TYPES = {
 }
 # Every field of every type, as None. The upsert has a parameter for each; a message gives a few.
 NO_FIELDS = dict.fromkeys(field for fields in MESSAGE_TYPES.values() for field in fields)
-ENVELOPE = {"metadata": OBJECT, "message": OBJECT}
 CHANNEL = {"channel": text("a UUID", "(?i)[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", str.lower)}
 METADATA = CHANNEL | {
     "messageNumber": whole(1, MAX_NUMBER),
@@ -241,18 +224,17 @@ METADATA = CHANNEL | {
 MAX_PAGE = 1000  # rockets or messages in one answer
 MAX_SEARCH = 64  # characters of q; each search reads all rockets
 PAGE_RULES = {"order": one_of(("asc", "desc")), "limit": digits(1, MAX_PAGE)}
-PAGE_DEFAULTS = {"order": "asc", "limit": MAX_PAGE}
 LIST_RULES = PAGE_RULES | {
     "sort": one_of(SORT_KEYS),
     "offset": digits(0, MAX_NUMBER),
     "status": one_of(STATUSES),
-    "type": ("a text", str),  # each value of a query is one, so this never fails
+    "type": ("a text", str),  # as each value of a query is
     "mission": ("a text", str),
     "q": text(f"at most {MAX_SEARCH} characters", f"(?s).{{0,{MAX_SEARCH}}}", str.casefold),
 }
-LIST_DEFAULTS = dict.fromkeys(LIST_RULES) | PAGE_DEFAULTS | {"sort": "channel", "offset": 0}
 HISTORY_RULES = PAGE_RULES | {"after": digits(0, MAX_NUMBER), "before": digits(1, MAX_NUMBER + 1)}
-HISTORY_DEFAULTS = PAGE_DEFAULTS | {"after": 0, "before": MAX_NUMBER + 1}
+DEFAULTS = dict.fromkeys(LIST_RULES) | {"sort": "channel", "order": "asc", "limit": MAX_PAGE}
+DEFAULTS |= {"offset": 0, "after": 0, "before": MAX_NUMBER + 1}
 
 
 def read_fields(holder: dict, rules: dict[str, Rule], prefix: str = "") -> dict:
@@ -268,9 +250,8 @@ def read_fields(holder: dict, rules: dict[str, Rule], prefix: str = "") -> dict:
 
 
 from_json = json.JSONDecoder(parse_constant=int).decode  # int("NaN") raises ValueError
-to_json = json.JSONEncoder(  # equal contents become equal texts, for IS_SAME
-    ensure_ascii=False, allow_nan=False, separators=(",", ":"), sort_keys=True
-).encode
+# Equal contents become equal texts, for IS_SAME.
+to_json = json.JSONEncoder(allow_nan=False, separators=(",", ":"), sort_keys=True).encode
 
 
 def parse_message(body: bytes) -> dict:
@@ -279,24 +260,21 @@ def parse_message(body: bytes) -> dict:
         raise HTTPError(413, f"the body must be at most {MAX_BODY} bytes long")
     try:
         sent = read_fields({"body": from_json(body.decode())}, {"body": OBJECT}, "the ")
-        parts = read_fields(sent["body"], ENVELOPE)
+        parts = read_fields(sent["body"], {"metadata": OBJECT, "message": OBJECT})
         metadata = read_fields(parts["metadata"], METADATA, "metadata.")
-        rules = MESSAGE_TYPES[metadata["messageType"]]
-        fields = read_fields(parts["message"], rules, "message.")
+        fields = read_fields(parts["message"], MESSAGE_TYPES[metadata["messageType"]], "message.")
         content = to_json(parts["message"] | fields)  # unknown fields are kept
-        content.encode()  # raises ValueError for a lone surrogate
     except (ValueError, RecursionError) as error:
-        must = "the body must be JSON in UTF-8, with finite numbers and no lone surrogates"
-        raise HTTPError(400, f"{must}: {str(error)[:100]}") from error
+        why = f"the body must be JSON in UTF-8, with finite numbers: {str(error)[:100]}"
+        raise HTTPError(400, why) from error
     return NO_FIELDS | fields | metadata | {"message": content}
 
 
 # Storage ##########################################################################################
 
 OURS = 0x524B_0000  # "RK" in the upper half of user_version; the lower half is the version
-SCHEMA_VERSION = OURS + 5  # the rockets of an earlier version are made anew
+SCHEMA_VERSION = OURS + 5  # a file of an earlier version is rebuilt
 SETTINGS = """
-PRAGMA temp_store = MEMORY;  -- sorting needs no room on the disk
 PRAGMA trusted_schema = ON;  -- allows json_object() in a table; some builds turn it off
 PRAGMA secure_delete = OFF;  -- a reset then writes no zeros, which would need room in the WAL
 PRAGMA synchronous = FULL;  -- NORMAL may lose the last commits in a power cut
@@ -309,8 +287,7 @@ class Unavailable(HTTPError):
     """The database cannot do what it was asked for: it is locked, full, failing or gone."""
 
     def __init__(self, why: str):
-        why = f"the database is not available: {why}; try again (messages count only once)"
-        super().__init__(503, why, Retry_After="1")
+        super().__init__(503, f"the database is not available: {why}; try again", Retry_After="1")
 
 
 def contains(part: str, *texts: str | None) -> bool:
@@ -318,78 +295,62 @@ def contains(part: str, *texts: str | None) -> bool:
     return any(part in text.casefold() for text in texts if text)
 
 
-def inspect(path: str) -> None:
-    """Raise OSError unless a file is new or ours, before SQLite changes it."""
-    header = b""
-    with suppress(FileNotFoundError), open(path, "r+b") as file:  # raises OSError if read-only
-        header = file.read(64).rstrip(b"\0")  # a power cut may leave zeros in a new file
-    if not header and os.path.exists(f"{path}-wal"):
-        raise OSError(f"it is gone, but {path}-wal is there; delete that to start anew")
-    if header and header[60:62] != b"RK":  # of user_version, see sqlite.org/fileformat2.html
-        raise OSError("another program wrote it")
-
-
 class Store:
-    """The messages and the rockets in one SQLite file, for the thread that opened it.
-
-    Its methods raise Unavailable if the database cannot do what they ask for.
-    """
+    """One SQLite file, for the thread that opened it. Each method may raise Unavailable."""
 
     def __init__(self, path: str):
         """Open or create the file. Raise OSError if it cannot be used."""
-        path = os.path.realpath(path)  # SQLite makes its other files beside the target of a link
-        self.is_in_transaction = False  # SQLite may end a transaction at an error, before its block
-        self.callbacks: list[tuple] = []
+        self.is_in_transaction = False  # SQLite itself may end one early, at an error
         self.commits = 0  # that changed something, for metrics.txt
+        self.opened_at, self.looked_at = time.time(), time.monotonic()
+        self.inodes: dict[str, int] = {}  # of the files, once all are there
+        path = os.path.realpath(path)  # SQLite makes its other files beside the target of a link
+        wal = f"{path}-wal"
         try:
-            inspect(path)
+            if os.path.exists(wal) and not (os.path.exists(path) and os.path.getsize(path)):
+                raise OSError(f"it is gone, but {wal} is there; delete that to start anew")
+            open(path, "ab").close()  # raises OSError if the file cannot be written
             self.connection = sqlite3.connect(path, isolation_level=None)
             self.close = self.connection.close  # closing moves the WAL into the file
             self.prepare()
-        except (Unavailable, sqlite3.Error, OSError) as error:  # str(Unavailable(why)) is why
-            # DatabaseError itself tells of damage. Its subclasses tell of something else.
-            hint = RESTORE if type(error) is sqlite3.DatabaseError else ""
+            self.inodes = {name: os.stat(name).st_ino for name in (path, wal, f"{path}-shm")}
+        except (Unavailable, sqlite3.Error, OSError) as error:
+            hint = RESTORE if type(error) is sqlite3.DatabaseError else ""  # it tells of damage
             raise OSError(f"cannot use {path} as the database: {error}{hint}") from error
-        self.execute("PRAGMA busy_timeout = 0")  # from now on, wait for no other program's lock
-        self.opened_at = time.time()
-        names = (path, f"{path}-wal", f"{path}-shm")
-        self.inodes = {name: os.stat(name).st_ino for name in names}
-        self.looked_at = time.monotonic()
 
     def prepare(self) -> None:
         """Set the connection up, and make the tables if need be."""
         self.connection.create_function("contains", -1, contains)
         self.connection.executescript(SETTINGS)
         ((version,),) = self.execute("PRAGMA user_version")
-        if version > SCHEMA_VERSION:
-            raise OSError("a later version of this program wrote it")
+        ((tables,),) = self.execute("SELECT count(*) FROM sqlite_schema")
+        if tables and not OURS < version <= SCHEMA_VERSION:
+            raise OSError("another program, or a later version of this one, wrote it")
         if version < SCHEMA_VERSION:
+            say = log.warning if tables else log.debug
+            say("making the rockets anew from the messages of an earlier version")
             with self.transaction():
-                self.rebuild(version)
-        # With a WAL, others read while this writes. The transaction above came first, so that the
-        # mark that inspect() looks for is in the file itself, not in the WAL.
-        self.execute("PRAGMA journal_mode = WAL")
+                self.rebuild()
+            say("made the rockets anew")
+        self.execute("PRAGMA journal_mode = WAL")  # others read while this writes
         if self.execute(SUMS_AGREE) != [(True,)]:
-            raise sqlite3.DatabaseError("its rockets do not count all of its messages")  # damage
+            raise sqlite3.DatabaseError("its rockets do not count all of its messages")
+        self.execute("PRAGMA busy_timeout = 0")  # from now on, wait for no other program's lock
 
-    def rebuild(self, version: int) -> None:
-        """Make the tables, and all rockets from the messages, which are not validated again."""
+    def rebuild(self) -> None:
+        """Make the tables anew, and apply all messages again, which are not validated again."""
         self.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")  # first, as it takes the lock
-        if OURS < version < OURS + 5:  # before version 5, these columns had other names
-            for old in ("number", "time", "type"):
-                self.execute(f"ALTER TABLE messages RENAME COLUMN {old} TO message{old.title()}")
-        self.execute(CREATE_MESSAGES)
         self.execute("DROP TABLE IF EXISTS rockets")
         self.execute(CREATE_ROCKETS)
-        ((count,),) = self.execute("SELECT count(*) FROM messages")
-        if count:
-            log.warning("making the rockets from %d messages", count)
-            for *row, message in self.connection.execute("SELECT * FROM messages"):  # one by one
-                metadata = dict(zip(METADATA, row))  # in the order of the columns
-                content = json.loads(message)
-                kept = {field: content[field] for field in MESSAGE_TYPES[metadata["messageType"]]}
-                self.execute(UPSERT, NO_FIELDS | kept | metadata)
-            log.warning("made the rockets from %d messages", count)
+        self.execute(CREATE_MESSAGES)
+        self.execute("ALTER TABLE messages RENAME TO old_messages")
+        self.execute(CREATE_MESSAGES)
+        for *row, message in self.connection.execute("SELECT * FROM old_messages"):  # one by one
+            metadata = dict(zip(METADATA, row))  # in the order of the columns
+            content = json.loads(message)
+            fields = {field: content[field] for field in MESSAGE_TYPES[metadata["messageType"]]}
+            self.apply(NO_FIELDS | fields | metadata | {"message": to_json(content)})
+        self.execute("DROP TABLE old_messages")
 
     def reset(self) -> None:
         """Forget all messages and rockets, and give their room back to the disk."""
@@ -428,7 +389,7 @@ class Store:
             callback(*arguments)
 
     def on_commit(self, callback: Callable, *arguments: Any) -> None:
-        """Call back after the commit, or at once outside a transaction. A rollback drops it."""
+        """Call back after the commit, never after a rollback, at once outside a transaction."""
         if self.is_in_transaction:
             self.callbacks.append((callback, *arguments))
         else:
@@ -438,7 +399,7 @@ class Store:
         """Count and keep a message. Return 'applied', 'duplicate' or 'conflicting'."""
         self.check_files()
         with self.transaction():
-            if self.execute(UPSERT_IF_NEW, message):
+            if self.execute(UPSERT, message):
                 self.execute(INSERT_MESSAGE, message)
                 return "applied"
             ((is_same,),) = self.execute(IS_SAME, message)
@@ -446,16 +407,15 @@ class Store:
 
     def check_files(self) -> None:
         """Raise Unavailable unless the open files still have their names. Look once a second."""
-        now = time.monotonic()
-        if now < self.looked_at + 1:  # stat() of the WAL makes its next sync slower
+        if time.monotonic() < self.looked_at + 1:  # stat() of the WAL makes its next sync slower
             return
-        for name, inode in self.inodes.items():  # as it is open, no other file gets its inode
+        for name, inode in self.inodes.items():
             if not os.path.exists(name) or os.stat(name).st_ino != inode:
                 raise Unavailable(f"{name} was deleted, moved or replaced")
-        self.looked_at = now
+        self.looked_at = time.monotonic()
 
     def probe(self) -> None:
-        """Write what is there already, to find out whether messages can be stored."""
+        """Find out whether messages can be stored, by a commit that changes nothing."""
         self.check_files()
         self.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
 
@@ -469,7 +429,7 @@ class Store:
 
 STATIC = Path(__file__).resolve().parent / "static"
 PROBLEM = "application/problem+json"
-# no-cache: browsers ask each time whether there is news. nosniff: they never run JSON as a page.
+# no-cache: browsers ask each time for news. nosniff: they never run JSON as a page.
 HEADERS = {"Cache-Control": "no-cache", "X-Content-Type-Options": "nosniff"}
 CONFLICT = "message {messageNumber} of {channel} is known; ignored: {messageType} {message!a:.100}"
 NEXT = '<?{}>; rel="next"'  # RFC 8288, relative to the address that was asked for
@@ -485,27 +445,22 @@ def add_headers() -> None:
 
 
 def with_array(members: dict, name: str, items: list[bytes]) -> bytes:
-    """Return a JSON object whose last member is an array of items that are JSON already."""
-    head = json.dumps(members)[:-1]
-    return b'%b, "%b": [%b]}\n' % (head.encode(), name.encode(), b",".join(items))
-
-
-def problem_body(status: int, detail: str) -> str:
-    """Return the body of an error as RFC 9457 asks."""
-    return json.dumps({"title": HTTP_CODES[status], "status": status, "detail": detail}) + "\n"
+    """Return a JSON object that ends with an array of items that are JSON already."""
+    head = json.dumps(members | {name: []}).removesuffix("]}")
+    return head.encode() + b",".join(items) + b"]}\n"
 
 
 def problem(error: HTTPError) -> str:
-    """Answer with an error. Bottle calls this for every one."""
-    detail = error.body
-    if error.status_code == 405:
+    """Answer with an error, as RFC 9457 asks. Bottle calls this for every one."""
+    status, detail = error.status_code, error.body
+    if status == 405:
         detail = f"{request.path} takes {response.headers['Allow']}, not {request.method}"
     response.content_type = PROBLEM
-    return problem_body(error.status_code, detail)
+    return json.dumps({"title": HTTP_CODES[status], "status": status, "detail": detail}) + "\n"
 
 
 def read_query(rules: dict[str, Rule]) -> dict:
-    """Return the parameters of the query. Raise HTTPError(400) for a bad or unknown one."""
+    """Return the query. Raise HTTPError(400) for a bad or unknown parameter."""
     given = dict(parse_qsl(request.query_string, keep_blank_values=True))  # Bottle's is Latin-1
     unknown = sorted(given.keys() - rules.keys())
     if unknown:
@@ -522,18 +477,18 @@ class Api:
     """The handlers of all requests, on top of a store."""
 
     def __init__(self, store: Store):
-        self.store = store
-        self.started_at = time.time()
+        self.store, self.started_at = store, time.time()
         self.outcomes = {"applied": 0, "duplicate": 0, "conflicting": 0, "rejected": 0, "failed": 0}
         self.seconds = 0.0  # that POSTs took, with their commits
-        self.metrics = (STATIC / "metrics.txt").read_text()
 
-    def check_tag(self) -> None:
-        """Set the ETag. Raise a 304 for a client that has it already (RFC 9110, 13.1.2)."""
+    def read_tagged_query(self, rules: dict[str, Rule]) -> dict:
+        """Return the query and set the ETag. Raise a 304 for a client that has it already."""
+        query = read_query(rules)
         tag = self.store.tag()
         if tag in request.environ.get("HTTP_IF_NONE_MATCH", ""):
             raise HTTPResponse(status=304, ETag=tag)
         response.headers["ETag"] = tag
+        return query
 
     def post_message(self) -> str:
         began, client = time.perf_counter(), request.environ["REMOTE_ADDR"]
@@ -560,9 +515,8 @@ class Api:
             log.warning("a message of %s is %s: %.300s", client, outcome, why)
 
     def get_rockets(self) -> bytes:
-        given = read_query(LIST_RULES)
-        self.check_tag()
-        query = LIST_DEFAULTS | given
+        given = self.read_tagged_query(LIST_RULES)
+        query = DEFAULTS | given
         sort, order = query["sort"], query["order"]
         select = SELECT_ROCKETS % {"key": SORT_KEYS[sort], "order": order}
         rockets = [rocket for (rocket,) in self.store.execute(select, query)]
@@ -575,29 +529,26 @@ class Api:
 
     def get_rocket(self, channel: str) -> bytes:
         key = read_fields({"channel": channel}, CHANNEL)
-        read_query({})  # refuses any parameter
-        self.check_tag()
+        self.read_tagged_query({})
         for (rocket,) in self.store.execute(SELECT_ROCKET, key):
             return rocket + b"\n"
         raise HTTPError(404, UNKNOWN)
 
     def get_messages(self, channel: str) -> bytes:
         key = read_fields({"channel": channel}, CHANNEL)
-        given = read_query(HISTORY_RULES)
-        self.check_tag()
-        counts = self.store.execute(COUNT_MESSAGES, key)
-        if not counts:
+        given = self.read_tagged_query(HISTORY_RULES)
+        ((total,),) = self.store.execute(COUNT_MESSAGES, key)
+        if total == 0:
             raise HTTPError(404, UNKNOWN)
-        ((total,),) = counts
-        query = HISTORY_DEFAULTS | given
-        select = SELECT_MESSAGES % {"order": query["order"]}
-        rows = self.store.execute(select, key | query)
-        page = rows[: query["limit"]]
-        if len(rows) > len(page):
-            edge = "after" if query["order"] == "asc" else "before"
-            response.headers["Link"] = NEXT.format(urlencode(given | {edge: page[-1][0]}))
-        members = key | {"count": len(page), "total": total, "order": query["order"]}
-        return with_array(members, "messages", [message for _, message in page])
+        query = DEFAULTS | given
+        order, limit = query["order"], query["limit"]
+        rows = self.store.execute(SELECT_MESSAGES % {"order": order}, key | query)
+        if len(rows) > limit:
+            edge = {"after" if order == "asc" else "before": rows[limit - 1][0]}
+            response.headers["Link"] = NEXT.format(urlencode(given | edge))
+        messages = [message for _, message in rows[:limit]]
+        members = key | {"count": len(messages), "total": total, "order": order}
+        return with_array(members, "messages", messages)
 
     def count_fleet(self) -> dict:
         """Return the totals, and how many rockets have each status."""
@@ -607,8 +558,7 @@ class Api:
         return fleet | {"statuses": statuses}
 
     def get_fleet(self) -> str:
-        read_query({})
-        self.check_tag()
+        self.read_tagged_query({})
         fleet = self.count_fleet()
         for field in ("type", "mission"):
             counts = self.store.execute(COUNT_BY_NAME % {"field": field})
@@ -624,12 +574,12 @@ class Api:
     def get_metrics(self) -> str:
         read_query({})
         response.content_type = "text/plain; version=0.0.4; charset=utf-8"
-        posts = sum(self.outcomes.values())
-        return self.metrics.format(api=self, posts=posts, version=VERSION, **self.count_fleet())
+        metrics, posts = (STATIC / "metrics.txt").read_text(), sum(self.outcomes.values())
+        return metrics.format(api=self, posts=posts, version=VERSION, **self.count_fleet())
 
 
 def create_app(store: Store) -> Bottle:
-    """Return the service as a WSGI application, for the thread that opened the store."""
+    """Return the service as a WSGI application."""
     app, api = Bottle(), Api(store)
     app.default_error_handler = problem
     app.add_hook("after_request", add_headers)
@@ -650,48 +600,37 @@ def create_app(store: Store) -> Bottle:
 # Server ###########################################################################################
 
 MAX_CONNECTIONS = 200  # at a time; macOS allows a process 256 open files
-MAX_TURN = 32  # the most requests answered in a turn, and the most polls that receive them
+MAX_TURN = 32  # requests answered together
 SILENCE = 30  # seconds after which a connection that neither sends nor reads is closed
 IDLE = 0.2  # seconds until a signal to stop is noticed while nothing comes
 GRACE_PERIOD = 4  # seconds after a signal to stop in which requests under way are answered
 WAITRESS = {
-    "ident": "rockets",
     "threads": 0,  # the loop's own thread does all
     "clear_untrusted_proxy_headers": False,  # the app reads none of them
     "connection_limit": MAX_CONNECTIONS + 3,  # two listeners, and one for close_silent() to close
     "max_request_header_size": 16 * 1024,  # bytes; a larger one gets a 431
     "max_request_body_size": 64 * 1024 + 1,  # bytes; up to 64 KiB is read, so that the 413 arrives
     "outbuf_overflow": sys.maxsize,  # bytes; no temporary files, as the disk may be full
-    "outbuf_high_watermark": sys.maxsize,  # bytes; nothing waits for a client to read
 }
-BLANKS = re.compile(rb"[ \t]{64}")  # in a row; waitress takes quadratic time for them
-CODINGS = re.compile(rb"(?im)^transfer-encoding:(.*)")  # waitress drops this header
 
 
 class Request(HTTPRequestParser):
-    """A request of waitress, with checks that RFC 9112 asks for and waitress does not make."""
-
-    def received(self, data: bytes) -> int:
-        """Refuse at once what does not begin with a letter, such as a TLS greeting."""
-        if self.header_plus or self.headers_finished or data[:1].isalpha():
-            return super().received(data)
-        self.error = BadRequest("this is no HTTP")
-        self.completed = True
-        return len(data)
+    """A request of waitress, with checks of RFC 9112 that waitress does not make."""
 
     def parse_header(self, header_plus: bytes) -> None:
-        """Parse the first line and the headers. Raise ParsingError for a 400, never for a 501."""
-        if BLANKS.search(header_plus):
+        """Parse the first line and the headers. Raise ParsingError for a 400."""
+        if b" " * 64 in header_plus.replace(b"\t", b" "):  # waitress takes quadratic time
             raise ParsingError("a header must have less than 64 blanks in a row")
         try:
             super().parse_header(header_plus)
-        except (ValueError, TransferEncodingNotImplemented) as error:  # ValueError: a bad URL
+        except (ValueError, TransferEncodingNotImplemented) as error:  # a bad URL, or a 501
             raise ParsingError(str(error)) from error
-        codings = [coding.strip(b" \t\r").lower() for coding in CODINGS.findall(header_plus)]
-        may_be_chunked = self.version == "1.1" and "CONTENT_LENGTH" not in self.headers
-        if codings and not (codings == [b"chunked"] and may_be_chunked):
+        head = header_plus.lower().translate(None, b" \t")  # without blanks
+        codings = re.findall(rb"\ntransfer-encoding:(.*)\r", head)  # waitress drops this header
+        may_be_chunked = self.chunked and "CONTENT_LENGTH" not in self.headers
+        if codings != ([b"chunked"] if may_be_chunked else []):
             raise ParsingError("Transfer-Encoding must be chunked, alone, in HTTP/1.1")
-        if self.version == "1.1" and header_plus.lower().count(b"\nhost:") != 1:
+        if self.version == "1.1" and head.count(b"\nhost:") != 1:
             raise ParsingError("there must be exactly one Host")
 
 
@@ -701,40 +640,40 @@ class Answer(Task):
     def execute(self) -> None:
         self.status, self.response_headers, body = self.channel.answer
         self.content_length = len(body)
-        error = self.request.error  # waitress refused the request, so no handler has logged it
-        if error:
-            self.request.headers["CONNECTION"] = "close"  # build_response_header() looks there
         head = self.build_response_header()
         self.wrote_header = True  # else finish() writes it again
         self.channel.write_soon(head + body)  # in one packet, if it fits
-        what = error.body if error else self.request.first_line
+        error = self.request.error  # waitress refused the request, so no handler has logged it
         level = logging.WARNING if error else logging.INFO
+        what = error.body if error else self.request.first_line
         log.log(level, "%s %s %.300a", self.status[:3], self.channel.addr[0], what)
 
 
 class Connection(HTTPChannel):
-    """A connection of waitress that holds the answer to its first request until it may be sent."""
+    """A connection of waitress. answer (status, headers, body) is held until it may be sent."""
 
     parser_class, task_class, error_task_class = Request, Answer, Answer
     handle_expt = HTTPChannel.handle_close  # TCP's urgent data, which HTTP does not have
-    answer: tuple[str, list[tuple[str, str]], bytes]  # status with its title, headers, body
+
+    def received(self, data: bytes) -> bool:
+        """Take for a bad request what does not begin with a letter, such as a TLS greeting."""
+        is_http = self.request or data[:1].isalpha()
+        return super().received(data if is_http else b"?\r\n\r\n")
 
     def is_ready(self) -> bool:
-        """Tell whether the previous answer is sent, or the client has left."""
-        return not self.connected or not self.writable()
+        return not self.connected or not self.writable()  # it has left, or its last answer is sent
 
     def ask(self) -> int:
         """Ask the app about the first request, hold its answer and return the status."""
         first = self.requests[0]
         if first.error:  # waitress refuses it, and no app sees it
-            status = first.error.code
-            headers = [*HEADERS.items(), ("Content-Type", PROBLEM)]
-            body = problem_body(status, first.error.body).encode()
-            self.answer = f"{status} {HTTP_CODES[status]}", headers, body
-            return status
+            first.headers["CONNECTION"] = "close"  # build_response_header() looks there
+            error = HTTPError(first.error.code, first.error.body)
+            self.answer = error.status_line, [("Content-Type", PROBLEM)], problem(error).encode()
+            return error.status_code
         environ = WSGITask(self, first).get_environment()
         environ["wsgi.input"].seek(0)  # a second ask() reads the body again
-        begun: list = []  # what the app gives to start_response(): status and headers
+        begun = []  # what the app gives to start_response(): status and headers
         body = b"".join(self.server.application(environ, lambda *given: begun.extend(given)))
         self.answer = begun[0], begun[1], body
         return int(begun[0][:3])
@@ -755,9 +694,8 @@ class Server:
 
     def __init__(self, app: Bottle, store: Store, sockets: list[socket.socket]):
         self.store, self.stopping = store, False
-        # Each has a whole request, in order of arrival. add_task appends to this very list.
-        self.arrived: list[Connection] = []
-        self.map: dict[int, Any] = {}  # what waitress polls
+        self.arrived: list[Connection] = []  # with a whole request each; add_task appends to it
+        self.map: dict[int, Any] = {}  # what waitress polls, by file descriptor
         create_server(app, map=self.map, sockets=sockets, **WAITRESS)  # puts listeners in the map
         self.listeners = [each for each in self.map.values() if each.accepting]
         for listener in self.listeners:
@@ -803,24 +741,20 @@ class Server:
 
     def receive(self, seconds: float) -> None:
         """Poll. While polls bring new connections, poll again for their requests."""
-        for _ in range(MAX_TURN):
+        known = 0
+        while len(self.map) > known:
             known = len(self.map)
             wasyncore.loop(seconds, use_poll=True, map=self.map, count=1)
-            if len(self.map) <= known:
-                break
             seconds = 0
+        # Within a poll, a new connection could get the number of a closed one, and then its events.
         self.close_silent()
 
     def close_silent(self) -> None:
-        """Close connections that are silent for too long, and the most silent of too many.
-
-        This runs between two polls. Within a poll, a new connection could get the file descriptor
-        of a closed one, and then its events.
-        """
+        """Close connections that are silent for too long, and the most silent of too many."""
         now = time.time()
         connections = [each for each in self.map.values() if not each.accepting]
         for connection in connections:
-            if abs(now - connection.last_activity) > SILENCE:  # abs(): a clock may be set back
+            if abs(now - connection.last_activity) > SILENCE:  # a clock may be set back
                 connection.handle_close()
         idle = [each for each in connections if not each.requests]
         if len(connections) > MAX_CONNECTIONS and idle:
@@ -832,16 +766,15 @@ class Server:
 
 def listen(host: str, port: int) -> list[socket.socket]:
     """Return sockets that listen on a host: 127.0.0.1 and ::1 for localhost. Raise OSError."""
-    sockets: list[socket.socket] = []
-    addresses = ("127.0.0.1", "::1") if host == "localhost" else (host,)
-    for address in addresses:
+    sockets = []
+    for address in ("127.0.0.1", "::1") if host == "localhost" else (host,):
         try:
             family = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0][0]
             sockets.append(socket.create_server((address, port), family=family))
         except (OSError, UnicodeError, OverflowError) as error:  # a bad host or port
             if not sockets or getattr(error, "errno", 0) == errno.EADDRINUSE:  # else no ::1 exists
                 raise OSError(f"cannot listen on {address} port {port}: {error}") from error
-        port = sockets[0].getsockname()[1]  # the same for both, also where the system chose it
+        port = sockets[0].getsockname()[1]  # also where the system chose it
     return sockets
 
 
