@@ -880,7 +880,7 @@ def fill_and_kill(file, *bodies):
         process.stop(signal.SIGKILL)
 
 
-FOREIGN, GONE = "another program, or a later version of this one, wrote it", "it is gone, but"
+FOREIGN, GONE = "another program, or a later version of this one, wrote it", "it is gone or empty, but"
 LATER = f"PRAGMA user_version = {0x524B7FFF}"
 REFUSED = [  # what makes the file, and what the line says
     (lambda file: file.write_bytes(b"Dear diary"), "file is not a database"),
