@@ -315,7 +315,7 @@ class Store:
             self.prepare()
             self.inodes = {name: os.stat(name).st_ino for name in (path, wal, f"{path}-shm")}
         except (Unavailable, sqlite3.Error, OSError) as error:
-            hint = RESTORE if type(error) is sqlite3.DatabaseError else ""  # this class means damage
+            hint = RESTORE if type(error) is sqlite3.DatabaseError else ""  # means damage
             raise OSError(f"cannot use {path} as the database: {error}{hint}") from error
 
     def prepare(self) -> None:
