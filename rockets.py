@@ -75,8 +75,6 @@ CREATE TABLE rockets (
 
 # The row does not depend on the order of the messages: sums do not, and the lowest or the highest
 # number wins whenever it comes. A field that a message lacks is NULL. Only a launch has a :type.
-# WHERE skips the update for a message that is in the table messages, and then no row is returned.
-# The insert needs no such check: a channel without a rocket has no messages.
 UPSERT = f"""
 INSERT INTO rockets AS old (
     channel, messageCount, speedChange,
@@ -113,7 +111,10 @@ ON CONFLICT (channel) DO UPDATE SET
     -- the explosion with the lowest number
     explosionNumber = min(old.explosionNumber, excluded.explosionNumber),
     explosionReason = iif(excluded.explosionNumber < old.explosionNumber,
-        excluded.explosionReason, old.explosionReason)
+        excluded.explosionReason, old.explosionReason)"""
+# WHERE skips the update for a message that is in the table messages, and then no row is returned.
+# The insert needs no such check: a channel without a rocket has no messages.
+UPSERT_IF_NEW = f"""{UPSERT}
 WHERE NOT EXISTS (
     SELECT * FROM messages WHERE channel = :channel AND messageNumber = :messageNumber)
 RETURNING channel"""
@@ -328,29 +329,29 @@ class Store:
             raise OSError("another program, or a later version of this one, wrote it")
         if version < SCHEMA_VERSION:
             say = log.warning if tables else log.debug  # a new file needs no warning
-            say("making the rockets anew from the messages of an earlier version")
+            say("making the rockets anew from the messages")
             with self.transaction():
-                self.rebuild()
+                self.rebuild(version)
             say("made the rockets anew")
         self.execute("PRAGMA journal_mode = WAL")  # others read while this writes
         if self.execute(SUMS_AGREE) != [(True,)]:
             raise sqlite3.DatabaseError("its rockets do not count all of its messages")
         self.execute("PRAGMA busy_timeout = 0")  # from now on, wait for no other program's lock
 
-    def rebuild(self) -> None:
-        """Make the tables anew, and apply all messages again, without validating them."""
+    def rebuild(self, version: int) -> None:
+        """Make the tables, and all rockets from the messages, without validating these again."""
         self.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")  # first, as it takes the lock
+        if OURS < version < OURS + 5:  # before version 5, these columns had other names
+            for old in ("number", "time", "type"):
+                self.execute(f"ALTER TABLE messages RENAME COLUMN {old} TO message{old.title()}")
+        self.execute(CREATE_MESSAGES)
         self.execute("DROP TABLE IF EXISTS rockets")
         self.execute(CREATE_ROCKETS)
-        self.execute(CREATE_MESSAGES)
-        self.execute("ALTER TABLE messages RENAME TO old_messages")
-        self.execute(CREATE_MESSAGES)
-        for *row, message in self.connection.execute("SELECT * FROM old_messages"):  # may be many
+        for *row, message in self.connection.execute("SELECT * FROM messages"):  # may be many
             metadata = dict(zip(METADATA, row))  # in the order of the columns
             content = json.loads(message)
             fields = {field: content[field] for field in MESSAGE_TYPES[metadata["messageType"]]}
-            self.apply(NO_FIELDS | fields | metadata | {"message": to_json(content)})
-        self.execute("DROP TABLE old_messages")
+            self.execute(UPSERT, NO_FIELDS | fields | metadata)
 
     def reset(self) -> None:
         """Forget all messages and rockets, and give their room back to the disk."""
@@ -399,7 +400,7 @@ class Store:
         """Count and keep a message. Return 'applied', 'duplicate' or 'conflicting'."""
         self.check_files()
         with self.transaction():
-            if self.execute(UPSERT, message):
+            if self.execute(UPSERT_IF_NEW, message):
                 self.execute(INSERT_MESSAGE, message)
                 return "applied"
             ((is_same,),) = self.execute(IS_SAME, message)
@@ -780,7 +781,6 @@ def listen(host: str, port: int) -> list[socket.socket]:
 
 def main() -> None:
     """Read the options, and serve until SIGTERM or Ctrl-C."""
-    env = os.environ.get
     parser = argparse.ArgumentParser(
         description="Take in what rockets send, and serve their state as JSON.",
         epilog="HOST, PORT and DATABASE in the environment stand in for the options.",
@@ -788,9 +788,9 @@ def main() -> None:
     )
     parser.error = lambda why: sys.exit(f"rockets: {why}")  # one line, like every other error
     option = parser.add_argument
-    option("--host", default=env("HOST") or "localhost", help="address to listen on")
-    option("--port", default=env("PORT") or "8088", type=int, help="0 takes any free one")
-    option("--database", default=env("DATABASE") or "rockets.db", help="SQLite file")
+    option("--host", default=os.environ.get("HOST") or "localhost", help="address to listen on")
+    option("--port", default=os.environ.get("PORT") or "8088", type=int, help="0 takes a free one")
+    option("--database", default=os.environ.get("DATABASE") or "rockets.db", help="SQLite file")
     option("--reset", action="store_true", help="start from an empty database")
     option("--verbose", action="store_true", help="log each request")
     options = parser.parse_args()

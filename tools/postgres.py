@@ -65,8 +65,8 @@ REPLACEMENTS = {
     r"CAST\(total\((\w+)\) AS BIGINT\)": r"coalesce(sum(\1), 0)",  # a NUMERIC, without bounds
 }
 INSERT_IF_NEW = f"{rockets.INSERT_MESSAGE} ON CONFLICT DO NOTHING"
-UPSERT = rockets.UPSERT.partition("WHERE")[0]  # as apply() has made the entry already
-# A snapshot tells which transactions are visible. It comes again only after a return to a backup.
+# A snapshot tells which transactions are visible. It can come again only after the server is set
+# back to a backup, and then the server has started since.
 TAG = "SELECT extract(epoch FROM pg_postmaster_start_time()) || '-' || pg_current_snapshot()"
 LOCK_SCHEMA = "SELECT pg_advisory_xact_lock(21067)"  # any number of our own
 
@@ -145,7 +145,7 @@ class PostgresStore:
             if not connection.execute(translate(INSERT_IF_NEW), message).rowcount:
                 is_same = connection.execute(translate(rockets.IS_SAME), message).fetchone()
                 return "duplicate" if is_same == (True,) else "conflicting"
-            connection.execute(translate(UPSERT), message)
+            connection.execute(translate(rockets.UPSERT), message)
         with self.lock:
             self.commits += 1
         return "applied"
