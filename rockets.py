@@ -1,7 +1,7 @@
 """Rockets takes in the messages that rockets send and serves the state of each rocket as JSON.
 
-Messages arrive out of order and more than once. A 202 means that the message is on disk, counts
-exactly once and is in every later answer. Neither a crash nor a power cut takes it back.
+Messages arrive out of order and more than once. A 202 means that a message of that number is on
+disk, counts exactly once and is in every later answer. No crash and no power cut takes it back.
 
 The state of a rocket is a function of the set of its messages, not of their order. So each message
 is applied as it comes, by one upsert: changes of speed add up, and message numbers decide which
@@ -48,7 +48,7 @@ log = logging.getLogger("rockets")
 ROCKET_FIELDS = ("channel", "type", "speed", "mission", "status", "explosionReason")
 ROCKET_FIELDS += ("launchedAt", "updatedAt", "lastMessageNumber", "missingMessages")
 STATUSES = ("active", "awaiting_launch", "exploded")
-NO_NUMBER = MAX_NUMBER + 1  # for no launch or explosion, as the lowest wins; 0 is for no mission
+NO_NUMBER = MAX_NUMBER + 1  # of a missing launch or explosion; the number of a missing mission is 0
 
 CREATE_MESSAGES = """
 CREATE TABLE IF NOT EXISTS messages (
@@ -56,7 +56,7 @@ CREATE TABLE IF NOT EXISTS messages (
     messageTime TEXT NOT NULL, messageType TEXT NOT NULL, message TEXT NOT NULL,
     PRIMARY KEY (channel, messageNumber)
 ) STRICT, WITHOUT ROWID"""
-# A projection: what the messages add up to. json is the rocket as served, made with each message.
+# A projection: what the messages add up to. json is the rocket as served, remade at each change.
 CREATE_ROCKETS = f"""
 CREATE TABLE rockets (
     channel TEXT NOT NULL PRIMARY KEY,
@@ -131,9 +131,9 @@ SELECT_ROCKET = "SELECT CAST(json AS BLOB) FROM rockets WHERE channel = :channel
 MATCHING = """
 FROM rockets WHERE (:status IS NULL OR status = :status) AND (:type IS NULL OR type = :type)
     AND (:mission IS NULL OR mission = :mission)
-    AND (:q IS NULL OR contains(:q, channel, type, mission))"""  # a function of Store
+    AND (:q IS NULL OR contains(:q, channel, type, mission))"""  # contains() is in Storage
 COUNT_MATCHING = f"SELECT count(*) {MATCHING}"
-SORT_KEYS = {field: field for field in ROCKET_FIELDS if field != "explosionReason"}  # a sentence
+SORT_KEYS = {field: field for field in ROCKET_FIELDS if field != "explosionReason"}  # not by reason
 SORT_KEYS |= {"launchedAt": "julianday(launchedAt)", "updatedAt": "julianday(updatedAt)"}
 SELECT_ROCKETS = f"""
 SELECT CAST(json AS BLOB) {MATCHING}
@@ -215,8 +215,8 @@ MESSAGE_TYPES = {
 }
 # Every field of every type, as None. The upsert has a parameter for each; a message gives a few.
 NO_FIELDS = dict.fromkeys(field for fields in MESSAGE_TYPES.values() for field in fields)
-CHANNEL = {"channel": text("a UUID", "(?i)[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", str.lower)}
-METADATA = CHANNEL | {
+KEY_RULES = {"channel": text("a UUID", "(?i)[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", str.lower)}
+METADATA_RULES = KEY_RULES | {
     "messageNumber": whole(1, MAX_NUMBER),
     "messageTime": text(TIME_WORDS, f"(?ai){DATE_AND_TIME}{UTC_OFFSET}", keep_time),
     "messageType": one_of(MESSAGE_TYPES),
@@ -229,7 +229,7 @@ ROCKETS_RULES = PAGE_RULES | {
     "sort": one_of(SORT_KEYS),
     "offset": digits(0, MAX_NUMBER),
     "status": one_of(STATUSES),
-    "type": ("a text", str),  # a query holds nothing else
+    "type": ("a text", str),  # never fails, as a query holds only texts
     "mission": ("a text", str),
     "q": text(f"at most {MAX_SEARCH} characters", f"(?s).{{0,{MAX_SEARCH}}}", str.casefold),
 }
@@ -262,9 +262,9 @@ def parse_message(body: bytes) -> dict:
     try:
         sent = read_fields({"the body": from_json(body.decode())}, {"the body": OBJECT})
         parts = read_fields(sent["the body"], {"metadata": OBJECT, "message": OBJECT})
-        metadata = read_fields(parts["metadata"], METADATA, "metadata.")
+        metadata = read_fields(parts["metadata"], METADATA_RULES, "metadata.")
         fields = read_fields(parts["message"], MESSAGE_TYPES[metadata["messageType"]], "message.")
-        content = to_json(parts["message"] | fields)  # unknown fields are kept
+        content = to_json(parts["message"] | fields)  # as converted; unknown fields are kept
     except (ValueError, RecursionError) as error:
         why = f"the body must be JSON in UTF-8, with finite numbers: {str(error)[:100]}"
         raise HTTPError(400, why) from error
@@ -274,7 +274,7 @@ def parse_message(body: bytes) -> dict:
 # Storage ##########################################################################################
 
 OURS = 0x524B_0000  # marks our files: "RK" in the upper half of user_version
-SCHEMA_VERSION = OURS + 5  # in its lower half; a file of an earlier version is rebuilt
+SCHEMA_VERSION = OURS + 5  # in the lower half; a file of an earlier version is rebuilt
 SETTINGS = """
 PRAGMA trusted_schema = ON;  -- allows json_object() in a table; some builds turn it off
 PRAGMA secure_delete = OFF;  -- a reset then writes no zeros, which would need room in the WAL
@@ -285,7 +285,7 @@ RESTORE = "; if a backup was copied over it, delete its -wal and copy the backup
 
 
 class Unavailable(HTTPError):
-    """The database cannot do what it was asked for: it is locked, full, failing or gone."""
+    """The database cannot do what it was asked for: locked, full, failing or gone. str() says why."""
 
     def __init__(self, why: str):
         super().__init__(503, f"the database is not available: {why}; try again", Retry_After="1")
@@ -293,7 +293,7 @@ class Unavailable(HTTPError):
 
 def contains(part: str, *texts: str | None) -> bool:
     """Tell whether a text contains a part, ignoring case. The caller has case-folded the part."""
-    return any(part in text.casefold() for text in texts if text)
+    return any(part in each.casefold() for each in texts if each)
 
 
 class Store:
@@ -301,7 +301,7 @@ class Store:
 
     def __init__(self, path: str):
         """Open or create the file. Raise OSError if it cannot be used."""
-        self.is_in_transaction = False  # connection.in_transaction ends earlier, at some errors
+        self.is_in_transaction = False  # SQLite ends connection.in_transaction at some errors
         self.commits = 0  # counts those that changed something, for metrics.txt
         self.opened_at, self.looked_at = time.time(), time.monotonic()
         self.inodes: dict[str, int] = {}  # by file name, once all files are there
@@ -348,7 +348,7 @@ class Store:
         self.execute("DROP TABLE IF EXISTS rockets")
         self.execute(CREATE_ROCKETS)
         for *row, message in self.connection.execute("SELECT * FROM messages"):  # may be many
-            metadata = dict(zip(METADATA, row))  # in the order of the columns
+            metadata = dict(zip(METADATA_RULES, row))  # in the order of the columns
             content = json.loads(message)
             fields = {field: content[field] for field in MESSAGE_TYPES[metadata["messageType"]]}
             self.execute(UPSERT, NO_FIELDS | fields | metadata)
@@ -382,7 +382,7 @@ class Store:
             with self.connection:  # rolls back if something fails, COMMIT included
                 self.execute("BEGIN")
                 yield
-                self.execute("COMMIT")
+                self.execute("COMMIT")  # here, so that its errors become Unavailable
         finally:
             self.is_in_transaction = False
         self.commits += self.connection.total_changes > changes
@@ -421,7 +421,7 @@ class Store:
         self.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
 
     def tag(self) -> str:
-        """Return an ETag that changes with each commit, of this process or of another one."""
+        """Return an ETag that changes with each write, of this process or of another one."""
         ((commits_of_others,),) = self.execute("PRAGMA data_version")
         return f'"{self.opened_at}-{commits_of_others}-{self.connection.total_changes}"'
 
@@ -462,7 +462,7 @@ def problem(error: HTTPError) -> str:
 
 def read_query(rules: dict[str, Rule]) -> dict:
     """Return the query. Raise HTTPError(400) for a bad or unknown parameter."""
-    given = dict(parse_qsl(request.query_string, keep_blank_values=True))  # Bottle reads Latin-1
+    given = dict(parse_qsl(request.query_string, keep_blank_values=True))  # .query: Latin-1
     unknown = sorted(given.keys() - rules.keys())
     if unknown:
         known = ", ".join(rules) or "no parameters"
@@ -509,7 +509,7 @@ class Api:
         return '{"status": "applied"}\n' if outcome == "applied" else '{"status": "duplicate"}\n'
 
     def report(self, began: float, client: str, outcome: str, why: str) -> None:
-        """Count and log the outcome of a POST, on commit: after a rollback, it is asked again."""
+        """Count and log a POST. Called on commit: after a rollback, the POST is handled again."""
         self.outcomes[outcome] += 1
         self.seconds += time.perf_counter() - began
         if why:
@@ -529,24 +529,24 @@ class Api:
         return with_array(members, "rockets", rockets)
 
     def get_rocket(self, channel: str) -> bytes:
-        key = read_fields({"channel": channel}, CHANNEL)
+        key = read_fields({"channel": channel}, KEY_RULES)
         self.read_tagged_query({})
         for (rocket,) in self.store.execute(SELECT_ROCKET, key):  # at most one
             return rocket + b"\n"
         raise HTTPError(404, UNKNOWN)
 
     def get_messages(self, channel: str) -> bytes:
-        key = read_fields({"channel": channel}, CHANNEL)
+        key = read_fields({"channel": channel}, KEY_RULES)
         given = self.read_tagged_query(MESSAGES_RULES)
         ((total,),) = self.store.execute(COUNT_MESSAGES, key)
-        if total == 0:
+        if total == 0:  # there is no such rocket
             raise HTTPError(404, UNKNOWN)
         query = DEFAULTS | given
         order, limit = query["order"], query["limit"]
         rows = self.store.execute(SELECT_MESSAGES % {"order": order}, key | query)
         if len(rows) > limit:
-            edge = {"after" if order == "asc" else "before": rows[limit - 1][0]}
-            response.headers["Link"] = NEXT.format(urlencode(given | edge))
+            edge = "after" if order == "asc" else "before"
+            response.headers["Link"] = NEXT.format(urlencode(given | {edge: rows[limit - 1][0]}))
         messages = [message for _, message in rows[:limit]]
         members = key | {"count": len(messages), "total": total, "order": order}
         return with_array(members, "messages", messages)
@@ -603,14 +603,14 @@ def create_app(store: Store) -> Bottle:
 MAX_CONNECTIONS = 200  # at a time; macOS allows a process 256 open files
 MAX_TURN = 32  # requests answered together
 SILENCE = 30  # seconds after which a connection that neither sends nor reads is closed
-IDLE = 0.2  # seconds that a poll waits; a signal to stop is noticed after it
+POLL = 0.2  # seconds that a poll waits; a signal to stop is noticed after it
 GRACE_PERIOD = 4  # seconds after a signal to stop in which requests under way are answered
 WAITRESS = {
     "threads": 0,  # the loop's own thread does all
     "clear_untrusted_proxy_headers": False,  # the app reads none of them
-    "connection_limit": MAX_CONNECTIONS + 3,  # counts two listeners, and one to be closed
+    "connection_limit": MAX_CONNECTIONS + 3,  # two listeners; for one more, see close_silent()
     "max_request_header_size": 16 * 1024,  # bytes; a larger one gets a 431
-    "max_request_body_size": 64 * 1024 + 1,  # bytes; so much is read of a body over MAX_BODY
+    "max_request_body_size": 64 * 1024 + 1,  # bytes; waitress answers 413 from here on
     "outbuf_overflow": sys.maxsize,  # bytes; no temporary files, as the disk may be full
 }
 
@@ -628,8 +628,8 @@ class Request(HTTPRequestParser):
             raise ParsingError(str(error)) from error
         head = header_plus.lower().translate(None, b" \t")  # without blanks
         codings = re.findall(rb"\ntransfer-encoding:(.*)\r", head)  # waitress drops this header
-        allowed = [b"chunked"] if self.chunked and "CONTENT_LENGTH" not in self.headers else []
-        if codings != allowed:
+        is_alone = codings == [b"chunked"] and "CONTENT_LENGTH" not in self.headers
+        if codings and not (is_alone and self.version == "1.1"):
             raise ParsingError("Transfer-Encoding must be chunked, alone, in HTTP/1.1")
         if self.version == "1.1" and head.count(b"\nhost:") != 1:
             raise ParsingError("there must be exactly one Host")
@@ -662,7 +662,7 @@ class Connection(HTTPChannel):
         return super().received(data if is_http else b"?\r\n\r\n")
 
     def is_ready(self) -> bool:
-        return not self.connected or not self.writable()  # it has left, or all is sent
+        return not self.writable() or not self.connected  # all is sent, or nobody reads it
 
     def ask(self) -> int:
         """Ask the app about the first request, hold its answer and return the status."""
@@ -674,10 +674,10 @@ class Connection(HTTPChannel):
             return error.status_code
         environ = WSGITask(self, first).get_environment()
         environ["wsgi.input"].seek(0)  # a second ask() reads the body again
-        begun: list = []  # status and headers, which the app gives to start_response()
-        body = b"".join(self.server.application(environ, lambda *given: begun.extend(given)))
-        self.answer = begun[0], begun[1], body
-        return int(begun[0][:3])
+        started: list = []  # status and headers, which the app gives to start_response()
+        body = b"".join(self.server.application(environ, lambda *given: started.extend(given)))
+        self.answer = started[0], started[1], body
+        return int(started[0][:3])
 
 
 class Server:
@@ -685,8 +685,8 @@ class Server:
 
     A turn receives what has come, asks the app about all of it in one transaction, commits, and
     only then answers. So messages that come together share a disk sync. If the transaction fails,
-    each request is asked about again, by itself. One thread of waitress that commits each message
-    reaches 0.73, 0.34 and 0.08 of the rate of these turns with 1, 3 and 20 senders.
+    each request is asked about again, by itself. Committing each message alone, on one thread of
+    waitress, reaches 0.73, 0.34 and 0.08 of this rate with 1, 3 and 20 senders.
 
     waitress polls, accepts, parses and sends. Three things of it are replaced: its threads by
     turn(), as there is one writer; its tasks by AnswerTask, as an answer waits for the commit; and
@@ -723,7 +723,7 @@ class Server:
 
     def turn(self) -> None:
         """Receive what comes, and answer what is ready, up to MAX_TURN requests."""
-        self.receive(0 if any(each.is_ready() for each in self.arrived) else IDLE)
+        self.receive(0 if any(each.is_ready() for each in self.arrived) else POLL)
         ready = [each for each in self.arrived if each.is_ready()][:MAX_TURN]
         self.arrived[:] = [each for each in self.arrived if each not in ready]
         if not ready:
@@ -736,7 +736,7 @@ class Server:
             for connection in ready:
                 connection.ask()
         for connection in ready:
-            connection.service()
+            connection.service()  # of waitress: runs an AnswerTask, and drops the request
             if connection.connected:
                 connection.handle_write()  # if it is to be closed, closes it now, not a turn later
 
@@ -751,7 +751,7 @@ class Server:
         self.close_silent()
 
     def close_silent(self) -> None:
-        """Close connections that are silent for too long, and the most silent idle of too many."""
+        """Close connections silent for too long, and, of too many, the idle one silent longest."""
         now = time.time()
         connections = [each for each in self.map.values() if not each.accepting]
         for connection in connections:
@@ -766,14 +766,14 @@ class Server:
 
 
 def listen(host: str, port: int) -> list[socket.socket]:
-    """Return sockets that listen on a host: 127.0.0.1 and ::1 for localhost. Raise OSError."""
+    """Return sockets that listen. localhost is 127.0.0.1, and ::1 if it exists. Raise OSError."""
     sockets = []
     for address in ("127.0.0.1", "::1") if host == "localhost" else (host,):
         try:
             family = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0][0]
             sockets.append(socket.create_server((address, port), family=family))
         except (OSError, UnicodeError, OverflowError) as error:  # a bad host or port
-            if not sockets or getattr(error, "errno", 0) == errno.EADDRINUSE:  # else no ::1 exists
+            if not sockets or getattr(error, "errno", 0) == errno.EADDRINUSE:
                 raise OSError(f"cannot listen on {address} port {port}: {error}") from error
         port = sockets[0].getsockname()[1]  # for port 0, what the system chose
     return sockets
@@ -796,7 +796,7 @@ def main() -> None:
     options = parser.parse_args()
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
     log.setLevel("INFO" if options.verbose else "WARNING")
-    logging.getLogger("waitress").setLevel("ERROR")  # logs no excess connection
+    logging.getLogger("waitress").setLevel("ERROR")  # hides its warning of too many connections
     try:
         sockets = listen(options.host, options.port)
         store = Store(options.database)
