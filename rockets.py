@@ -285,7 +285,7 @@ RESTORE = "; if a backup was copied over it, delete its -wal and copy the backup
 
 
 class Unavailable(HTTPError):
-    """The database cannot do what it was asked for: locked, full, failing or gone. str() says why."""
+    """The database is locked, full, failing or gone, or cannot be written. str() says why."""
 
     def __init__(self, why: str):
         super().__init__(503, f"the database is not available: {why}; try again", Retry_After="1")
