@@ -1,7 +1,7 @@
 """Rockets takes in the messages that rockets send and serves the state of each rocket as JSON.
 
-Messages arrive out of order and more than once. A 202 means that a message of that number is on
-disk, counts exactly once and is in every later answer. No crash and no power cut takes it back.
+Messages arrive out of order and more than once. A 202 means that the message, or an earlier one of
+its number, is on disk, counts once and is in every later answer, whatever crash or power cut comes.
 
 The state of a rocket is a function of the set of its messages, not of their order. So each message
 is applied as it comes, by one upsert: changes of speed add up, and message numbers decide which
@@ -48,8 +48,7 @@ log = logging.getLogger("rockets")
 ROCKET_FIELDS = ("channel", "type", "speed", "mission", "status", "explosionReason")
 ROCKET_FIELDS += ("launchedAt", "updatedAt", "lastMessageNumber", "missingMessages")
 STATUSES = ("active", "awaiting_launch", "exploded")
-NO_NUMBER = MAX_NUMBER + 1  # of a missing launch or explosion; the number of a missing mission is 0
-
+NO_NUMBER = MAX_NUMBER + 1  # of no launch or explosion: the lowest wins; of no mission, it is 0
 CREATE_MESSAGES = """
 CREATE TABLE IF NOT EXISTS messages (
     channel TEXT NOT NULL, messageNumber INTEGER NOT NULL,
@@ -121,13 +120,11 @@ RETURNING channel"""
 INSERT_MESSAGE = """
 INSERT INTO messages (channel, messageNumber, messageTime, messageType, message)
 VALUES (:channel, :messageNumber, :messageTime, :messageType, :message)"""
-# The time may differ in a redelivery.
 IS_SAME = """
-SELECT messageType = :messageType AND message = :message FROM messages
+SELECT messageType = :messageType AND message = :message FROM messages  -- the time may differ
 WHERE channel = :channel AND messageNumber = :messageNumber"""
 
-# CAST: sqlite3 then returns bytes, which go out as they are.
-SELECT_ROCKET = "SELECT CAST(json AS BLOB) FROM rockets WHERE channel = :channel"
+SELECT_ROCKET = "SELECT CAST(json AS BLOB) FROM rockets WHERE channel = :channel"  # for bytes
 MATCHING = """
 FROM rockets WHERE (:status IS NULL OR status = :status) AND (:type IS NULL OR type = :type)
     AND (:mission IS NULL OR mission = :mission)
@@ -137,7 +134,7 @@ SORT_KEYS = {field: field for field in ROCKET_FIELDS if field != "explosionReaso
 SORT_KEYS |= {"launchedAt": "julianday(launchedAt)", "updatedAt": "julianday(updatedAt)"}
 SELECT_ROCKETS = f"""
 SELECT CAST(json AS BLOB) {MATCHING}
-ORDER BY %(key)s %(order)s NULLS LAST, channel LIMIT :limit OFFSET :offset"""
+ORDER BY %(sort)s %(order)s NULLS LAST, channel LIMIT :limit OFFSET :offset"""
 COUNT_MESSAGES = "SELECT coalesce(sum(messageCount), 0) FROM rockets WHERE channel = :channel"
 SELECT_MESSAGES = """
 SELECT messageNumber, CAST('{"metadata":' || json_object(
@@ -251,8 +248,9 @@ def read_fields(holder: dict, rules: dict[str, Rule], prefix: str = "") -> dict:
 
 
 from_json = json.JSONDecoder(parse_constant=int).decode  # int("NaN") raises ValueError
-# Equal contents become equal texts, for IS_SAME.
-to_json = json.JSONEncoder(allow_nan=False, separators=(",", ":"), sort_keys=True).encode
+to_json = json.JSONEncoder(  # equal contents become equal texts, for IS_SAME
+    ensure_ascii=False, allow_nan=False, separators=(",", ":"), sort_keys=True
+).encode
 
 
 def parse_message(body: bytes) -> dict:
@@ -260,32 +258,34 @@ def parse_message(body: bytes) -> dict:
     if len(body) > MAX_BODY:
         raise HTTPError(413, f"the body must be at most {MAX_BODY} bytes long")
     try:
-        sent = read_fields({"the body": from_json(body.decode())}, {"the body": OBJECT})
-        parts = read_fields(sent["the body"], {"metadata": OBJECT, "message": OBJECT})
+        sent = read_fields({"body": from_json(body.decode())}, {"body": OBJECT})  # for its error
+        parts = read_fields(sent["body"], {"metadata": OBJECT, "message": OBJECT})
         metadata = read_fields(parts["metadata"], METADATA_RULES, "metadata.")
         fields = read_fields(parts["message"], MESSAGE_TYPES[metadata["messageType"]], "message.")
         content = to_json(parts["message"] | fields)  # as converted; unknown fields are kept
+        content.encode()  # raises ValueError for a lone surrogate
     except (ValueError, RecursionError) as error:
-        why = f"the body must be JSON in UTF-8, with finite numbers: {str(error)[:100]}"
-        raise HTTPError(400, why) from error
+        must = "the body must be JSON in UTF-8, with finite numbers and no lone surrogates"
+        raise HTTPError(400, f"{must}: {str(error)[:100]}") from error
     return NO_FIELDS | fields | metadata | {"message": content}
 
 
 # Storage ##########################################################################################
 
 OURS = 0x524B_0000  # marks our files: "RK" in the upper half of user_version
-SCHEMA_VERSION = OURS + 5  # in the lower half; a file of an earlier version is rebuilt
+SCHEMA_VERSION = OURS + 5  # the lower half counts up; a file of an earlier version is rebuilt
 SETTINGS = """
+PRAGMA temp_store = MEMORY;  -- sorting and counting need no room on the disk
 PRAGMA trusted_schema = ON;  -- allows json_object() in a table; some builds turn it off
 PRAGMA secure_delete = OFF;  -- a reset then writes no zeros, which would need room in the WAL
 PRAGMA synchronous = FULL;  -- NORMAL may lose the last commits in a power cut
 PRAGMA fullfsync = ON;  -- on macOS, empty the drive's cache, too
 PRAGMA journal_size_limit = 16777216;  -- bytes; a checkpoint cuts a longer WAL to this"""
-RESTORE = "; if a backup was copied over it, delete its -wal and copy the backup again"
+BACKUP_HINT = "; if a backup was copied over it, delete its -wal and copy the backup again"
 
 
 class Unavailable(HTTPError):
-    """The database is locked, full, failing or gone, or cannot be written. str() says why."""
+    """The database cannot do its work: locked, full, failing or gone. str() is only the why."""
 
     def __init__(self, why: str):
         super().__init__(503, f"the database is not available: {why}; try again", Retry_After="1")
@@ -301,9 +301,9 @@ class Store:
 
     def __init__(self, path: str):
         """Open or create the file. Raise OSError if it cannot be used."""
-        self.is_in_transaction = False  # SQLite ends connection.in_transaction at some errors
+        self.is_in_transaction = False  # connection.in_transaction ends at errors that roll back
         self.commits = 0  # counts those that changed something, for metrics.txt
-        self.opened_at, self.looked_at = time.time(), time.monotonic()
+        self.opened_at, self.checked_at = time.time(), time.monotonic()
         self.inodes: dict[str, int] = {}  # by file name, once all files are there
         path = os.path.realpath(path)  # SQLite makes its other files beside the target of a link
         wal = f"{path}-wal"
@@ -316,7 +316,7 @@ class Store:
             self.prepare()
             self.inodes = {name: os.stat(name).st_ino for name in (path, wal, f"{path}-shm")}
         except (Unavailable, sqlite3.Error, OSError) as error:
-            hint = RESTORE if type(error) is sqlite3.DatabaseError else ""  # means damage
+            hint = BACKUP_HINT if type(error) is sqlite3.DatabaseError else ""  # means damage
             raise OSError(f"cannot use {path} as the database: {error}{hint}") from error
 
     def prepare(self) -> None:
@@ -325,7 +325,7 @@ class Store:
         self.connection.executescript(SETTINGS)
         ((version,),) = self.execute("PRAGMA user_version")
         ((tables,),) = self.execute("SELECT count(*) FROM sqlite_schema")
-        if tables and not OURS < version <= SCHEMA_VERSION:
+        if (tables or version) and not OURS < version <= SCHEMA_VERSION:
             raise OSError("another program, or a later version of this one, wrote it")
         if version < SCHEMA_VERSION:
             say = log.warning if tables else log.debug  # a new file needs no warning
@@ -347,7 +347,7 @@ class Store:
         self.execute(CREATE_MESSAGES)
         self.execute("DROP TABLE IF EXISTS rockets")
         self.execute(CREATE_ROCKETS)
-        for *row, message in self.connection.execute("SELECT * FROM messages"):  # may be many
+        for *row, message in self.connection.execute("SELECT * FROM messages"):  # too many to list
             metadata = dict(zip(METADATA_RULES, row))  # in the order of the columns
             content = json.loads(message)
             fields = {field: content[field] for field in MESSAGE_TYPES[metadata["messageType"]]}
@@ -408,12 +408,12 @@ class Store:
 
     def check_files(self) -> None:
         """Raise Unavailable unless the open files still have their names. Look once a second."""
-        if time.monotonic() < self.looked_at + 1:  # a stat() of the WAL slows its next sync
+        if time.monotonic() < self.checked_at + 1:  # a stat() of the WAL slows its next sync
             return
         for name, inode in self.inodes.items():
             if not os.path.exists(name) or os.stat(name).st_ino != inode:
-                raise Unavailable(f"{name} was deleted, moved or replaced")
-        self.looked_at = time.monotonic()
+                raise Unavailable("a file of the database was deleted, moved or replaced")
+        self.checked_at = time.monotonic()
 
     def probe(self) -> None:
         """Find out whether messages can be stored, by a write that changes nothing."""
@@ -438,7 +438,7 @@ UNKNOWN = "no message has come on this channel"
 
 
 def add_headers() -> None:
-    """Complete the headers of an answer. Bottle calls this for all but a 500."""
+    """Complete the headers of an answer. A 500, or an error of waitress, goes without."""
     response.headers.update(HEADERS)
     response.headers.setdefault("Content-Type", "application/json")
     if request.method != "POST":  # pages of other sites may read here, but not post
@@ -462,7 +462,7 @@ def problem(error: HTTPError) -> str:
 
 def read_query(rules: dict[str, Rule]) -> dict:
     """Return the query. Raise HTTPError(400) for a bad or unknown parameter."""
-    given = dict(parse_qsl(request.query_string, keep_blank_values=True))  # .query: Latin-1
+    given = dict(parse_qsl(request.query_string, keep_blank_values=True))  # not .query: Latin-1
     unknown = sorted(given.keys() - rules.keys())
     if unknown:
         known = ", ".join(rules) or "no parameters"
@@ -505,7 +505,7 @@ class Api:
             raise
         why = CONFLICT.format_map(message) if outcome == "conflicting" else ""
         self.store.on_commit(self.report, began, client, outcome, why)
-        response.status = 202  # for a conflict, too: after an error, its sender would repeat it
+        response.status = 202  # its sender would repeat an error, so a conflict is a duplicate
         return '{"status": "applied"}\n' if outcome == "applied" else '{"status": "duplicate"}\n'
 
     def report(self, began: float, client: str, outcome: str, why: str) -> None:
@@ -519,7 +519,7 @@ class Api:
         given = self.read_tagged_query(ROCKETS_RULES)
         query = DEFAULTS | given
         sort, order = query["sort"], query["order"]
-        select = SELECT_ROCKETS % {"key": SORT_KEYS[sort], "order": order}
+        select = SELECT_ROCKETS % {"sort": SORT_KEYS[sort], "order": order}
         rockets = [rocket for (rocket,) in self.store.execute(select, query)]
         ((total,),) = self.store.execute(COUNT_MATCHING, query)
         end = query["offset"] + len(rockets)
@@ -568,7 +568,8 @@ class Api:
 
     def get_health(self) -> str:
         read_query({})
-        self.store.probe()
+        if self.outcomes["failed"]:
+            self.store.probe()  # raises Unavailable while nothing can be stored
         ((rockets, messages, _),) = self.store.execute(COUNT_ALL)
         return json.dumps({"status": "ok", "rockets": rockets, "messages": messages}) + "\n"
 
@@ -607,11 +608,11 @@ POLL = 0.2  # seconds that a poll waits; a signal to stop is noticed after it
 GRACE_PERIOD = 4  # seconds after a signal to stop in which requests under way are answered
 WAITRESS = {
     "threads": 0,  # the loop's own thread does all
-    "clear_untrusted_proxy_headers": False,  # the app reads none of them
-    "connection_limit": MAX_CONNECTIONS + 3,  # two listeners; for one more, see close_silent()
+    "connection_limit": MAX_CONNECTIONS + 3,  # two listeners, and one that close_silent() replaces
     "max_request_header_size": 16 * 1024,  # bytes; a larger one gets a 431
-    "max_request_body_size": 64 * 1024 + 1,  # bytes; waitress answers 413 from here on
+    "max_request_body_size": 64 * 1024 + 1,  # bytes; so the app refuses all but huge ones
     "outbuf_overflow": sys.maxsize,  # bytes; no temporary files, as the disk may be full
+    "outbuf_high_watermark": sys.maxsize,  # bytes; nothing waits for a client to read
 }
 
 
@@ -644,7 +645,7 @@ class AnswerTask(Task):
         head = self.build_response_header()
         self.wrote_header = True  # else finish() writes it again
         self.channel.write_soon(head + body)  # in one packet, if it fits
-        error = self.request.error  # waitress refused the request, so no handler has logged it
+        error = self.request.error  # set if waitress refused the request, unseen by handlers
         level = logging.WARNING if error else logging.INFO
         what = error.body if error else self.request.first_line
         log.log(level, "%s %s %.300a", self.status[:3], self.channel.addr[0], what)
@@ -657,7 +658,7 @@ class Connection(HTTPChannel):
     handle_expt = HTTPChannel.handle_close  # closes at TCP's urgent data, which HTTP does not use
 
     def received(self, data: bytes) -> bool:
-        """Take data that begins with no letter, such as a TLS greeting, for a bad request."""
+        """Refuse data that begins with no letter, such as TLS: its header would never end."""
         is_http = self.request or data[:1].isalpha()
         return super().received(data if is_http else b"?\r\n\r\n")
 
@@ -690,7 +691,7 @@ class Server:
 
     waitress polls, accepts, parses and sends. Three things of it are replaced: its threads by
     turn(), as there is one writer; its tasks by AnswerTask, as an answer waits for the commit; and
-    its closing of silent connections by close_silent(), as it closes none with an unread answer.
+    its closing of silent connections by close_silent(), as waitress closes none that never reads.
     """
 
     def __init__(self, app: Bottle, store: Store, sockets: list[socket.socket]):
@@ -704,8 +705,7 @@ class Server:
             listener.trigger.close()  # there is no other thread to wake
             listener.pull_trigger = lambda: None
 
-    def stop(self, *_: Any) -> None:
-        """End run() after the requests that are under way. This is a signal handler."""
+    def stop(self, *_: Any) -> None:  # a signal handler
         self.stopping = True
 
     def run(self) -> None:
@@ -716,7 +716,7 @@ class Server:
         for listener in self.listeners:
             listener.close()
         end = time.monotonic() + GRACE_PERIOD
-        while time.monotonic() < end and any(
+        while time.monotonic() < end and any(  # whole requests, part of one, or unsent bytes
             each.requests or each.request or each.writable() for each in self.map.values()
         ):
             self.turn()
@@ -730,9 +730,9 @@ class Server:
             return
         try:
             with self.store.transaction():
-                if any(connection.ask() >= 500 for connection in ready):  # asks none after that
+                if any(connection.ask() >= 500 for connection in ready):  # stops at the first
                     raise Unavailable("a request failed")  # rolls back; nobody reads the words
-        except (Unavailable, sqlite3.Error):  # COMMIT itself may raise any sqlite3.Error
+        except (Unavailable, sqlite3.Error):  # of COMMIT, only OperationalError becomes Unavailable
             for connection in ready:
                 connection.ask()
         for connection in ready:
@@ -747,11 +747,11 @@ class Server:
             known = len(self.map)
             wasyncore.loop(seconds, use_poll=True, map=self.map, count=1)
             seconds = 0
-        # Not within a poll: there a new connection could get the number and events of a closed one.
+        # Not during a poll: a new connection could get a closed one's descriptor, and its events.
         self.close_silent()
 
     def close_silent(self) -> None:
-        """Close connections silent for too long, and, of too many, the idle one silent longest."""
+        """Close connections silent for too long. Of too many, close the longest silent idle one."""
         now = time.time()
         connections = [each for each in self.map.values() if not each.accepting]
         for connection in connections:
@@ -772,7 +772,7 @@ def listen(host: str, port: int) -> list[socket.socket]:
         try:
             family = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0][0]
             sockets.append(socket.create_server((address, port), family=family))
-        except (OSError, UnicodeError, OverflowError) as error:  # a bad host or port
+        except (OSError, UnicodeError, OverflowError) as error:  # ::1 may be missing, but not taken
             if not sockets or getattr(error, "errno", 0) == errno.EADDRINUSE:
                 raise OSError(f"cannot listen on {address} port {port}: {error}") from error
         port = sockets[0].getsockname()[1]  # for port 0, what the system chose
