@@ -48,7 +48,7 @@ log = logging.getLogger("rockets")
 ROCKET_FIELDS = ("channel", "type", "speed", "mission", "status", "explosionReason")
 ROCKET_FIELDS += ("launchedAt", "updatedAt", "lastMessageNumber", "missingMessages")
 STATUSES = ("active", "awaiting_launch", "exploded")
-NO_NUMBER = MAX_NUMBER + 1  # of no launch or explosion: the lowest wins; of no mission, it is 0
+NEVER = MAX_NUMBER + 1  # the number of a launch or explosion that has not come; the lowest wins
 CREATE_MESSAGES = """
 CREATE TABLE IF NOT EXISTS messages (
     channel TEXT NOT NULL, messageNumber INTEGER NOT NULL,
@@ -84,11 +84,11 @@ INSERT INTO rockets AS old (
 ) VALUES (
     :channel, 1, iif(:messageType = 'RocketSpeedDecreased', -1, 1) * coalesce(:by, 0),
     :messageNumber, :messageTime,
-    iif(:type IS NULL, {NO_NUMBER}, :messageNumber), :type, :launchSpeed,
+    iif(:type IS NULL, {NEVER}, :messageNumber), :type, :launchSpeed,
     iif(:type IS NULL, NULL, :messageTime),
     iif(coalesce(:mission, :newMission) IS NULL, 0, :messageNumber),
     coalesce(:mission, :newMission),
-    iif(:reason IS NULL, {NO_NUMBER}, :messageNumber), :reason
+    iif(:reason IS NULL, {NEVER}, :messageNumber), :reason
 )
 ON CONFLICT (channel) DO UPDATE SET
     -- sums over all messages
@@ -123,19 +123,18 @@ VALUES (:channel, :messageNumber, :messageTime, :messageType, :message)"""
 IS_SAME = """
 SELECT messageType = :messageType AND message = :message FROM messages  -- the time may differ
 WHERE channel = :channel AND messageNumber = :messageNumber"""
-
 SELECT_ROCKET = "SELECT CAST(json AS BLOB) FROM rockets WHERE channel = :channel"  # for bytes
 MATCHING = """
 FROM rockets WHERE (:status IS NULL OR status = :status) AND (:type IS NULL OR type = :type)
     AND (:mission IS NULL OR mission = :mission)
     AND (:q IS NULL OR contains(:q, channel, type, mission))"""  # contains() is in Storage
 COUNT_MATCHING = f"SELECT count(*) {MATCHING}"
-SORT_KEYS = {field: field for field in ROCKET_FIELDS if field != "explosionReason"}  # not by reason
-SORT_KEYS |= {"launchedAt": "julianday(launchedAt)", "updatedAt": "julianday(updatedAt)"}
+SORT_KEYS = {field: field for field in ROCKET_FIELDS if field != "explosionReason"}  # free text
+SORT_KEYS |= {field: f"julianday({field})" for field in ("launchedAt", "updatedAt")}  # by UTC
 SELECT_ROCKETS = f"""
 SELECT CAST(json AS BLOB) {MATCHING}
 ORDER BY %(sort)s %(order)s NULLS LAST, channel LIMIT :limit OFFSET :offset"""
-COUNT_MESSAGES = "SELECT coalesce(sum(messageCount), 0) FROM rockets WHERE channel = :channel"
+COUNT_MESSAGES = "SELECT sum(messageCount) FROM rockets WHERE channel = :channel"
 SELECT_MESSAGES = """
 SELECT messageNumber, CAST('{"metadata":' || json_object(
     'channel', channel, 'messageNumber', messageNumber,
@@ -258,7 +257,7 @@ def parse_message(body: bytes) -> dict:
     if len(body) > MAX_BODY:
         raise HTTPError(413, f"the body must be at most {MAX_BODY} bytes long")
     try:
-        sent = read_fields({"body": from_json(body.decode())}, {"body": OBJECT})  # for its error
+        sent = read_fields({"body": from_json(body.decode())}, {"body": OBJECT})  # checks its type
         parts = read_fields(sent["body"], {"metadata": OBJECT, "message": OBJECT})
         metadata = read_fields(parts["metadata"], METADATA_RULES, "metadata.")
         fields = read_fields(parts["message"], MESSAGE_TYPES[metadata["messageType"]], "message.")
@@ -272,7 +271,7 @@ def parse_message(body: bytes) -> dict:
 
 # Storage ##########################################################################################
 
-OURS = 0x524B_0000  # marks our files: "RK" in the upper half of user_version
+OURS = 0x524B_0000  # marks our files: "RK" is the upper half of user_version
 SCHEMA_VERSION = OURS + 5  # the lower half counts up; a file of an earlier version is rebuilt
 SETTINGS = """
 PRAGMA temp_store = MEMORY;  -- sorting and counting need no room on the disk
@@ -285,7 +284,7 @@ BACKUP_HINT = "; if a backup was copied over it, delete its -wal and copy the ba
 
 
 class Unavailable(HTTPError):
-    """The database cannot do its work: locked, full, failing or gone. str() is only the why."""
+    """The database cannot do what it was asked for: it is locked, full, failing or gone."""
 
     def __init__(self, why: str):
         super().__init__(503, f"the database is not available: {why}; try again", Retry_After="1")
@@ -301,7 +300,7 @@ class Store:
 
     def __init__(self, path: str):
         """Open or create the file. Raise OSError if it cannot be used."""
-        self.is_in_transaction = False  # connection.in_transaction ends at errors that roll back
+        self.is_in_transaction = False  # connection.in_transaction turns False if SQLite rolls back
         self.commits = 0  # counts those that changed something, for metrics.txt
         self.opened_at, self.checked_at = time.time(), time.monotonic()
         self.inodes: dict[str, int] = {}  # by file name, once all files are there
@@ -315,7 +314,7 @@ class Store:
             self.close = self.connection.close  # closing moves the WAL into the file
             self.prepare()
             self.inodes = {name: os.stat(name).st_ino for name in (path, wal, f"{path}-shm")}
-        except (Unavailable, sqlite3.Error, OSError) as error:
+        except (Unavailable, sqlite3.Error, OSError) as error:  # str() of Unavailable is its why
             hint = BACKUP_HINT if type(error) is sqlite3.DatabaseError else ""  # means damage
             raise OSError(f"cannot use {path} as the database: {error}{hint}") from error
 
@@ -347,7 +346,7 @@ class Store:
         self.execute(CREATE_MESSAGES)
         self.execute("DROP TABLE IF EXISTS rockets")
         self.execute(CREATE_ROCKETS)
-        for *row, message in self.connection.execute("SELECT * FROM messages"):  # too many to list
+        for *row, message in self.connection.execute("SELECT * FROM messages"):  # one at a time
             metadata = dict(zip(METADATA_RULES, row))  # in the order of the columns
             content = json.loads(message)
             fields = {field: content[field] for field in MESSAGE_TYPES[metadata["messageType"]]}
@@ -430,19 +429,19 @@ class Store:
 
 STATIC = Path(__file__).resolve().parent / "static"
 PROBLEM = "application/problem+json"
-# no-cache: browsers ask each time for news. nosniff: they never run JSON as a page.
-HEADERS = {"Cache-Control": "no-cache", "X-Content-Type-Options": "nosniff"}
+# Pages of other sites may read. Browsers ask each time for news, and never run JSON as a page.
+HEADERS = {"Access-Control-Allow-Origin": "*", "Cache-Control": "no-cache"}
+HEADERS |= {"X-Content-Type-Options": "nosniff"}
 CONFLICT = "message {messageNumber} of {channel} is known; ignored: {messageType} {message!a:.100}"
 NEXT = '<?{}>; rel="next"'  # RFC 8288, relative to the address that was asked for
 UNKNOWN = "no message has come on this channel"
 
 
 def add_headers() -> None:
-    """Complete the headers of an answer. A 500, or an error of waitress, goes without."""
-    response.headers.update(HEADERS)
+    """Complete an answer's headers. Bottle drops them from a 500."""
     response.headers.setdefault("Content-Type", "application/json")
-    if request.method != "POST":  # pages of other sites may read here, but not post
-        response.headers["Access-Control-Allow-Origin"] = "*"
+    if request.method != "POST":
+        response.headers.update(HEADERS)
 
 
 def with_array(members: dict, name: str, items: list[bytes]) -> bytes:
@@ -484,12 +483,12 @@ class Api:
 
     def read_tagged_query(self, rules: dict[str, Rule]) -> dict:
         """Return the query and set the ETag. Raise a 304 for a client that has this ETag."""
-        query = read_query(rules)
+        given = read_query(rules)
         tag = self.store.tag()
         if tag in request.environ.get("HTTP_IF_NONE_MATCH", ""):
             raise HTTPResponse(status=304, ETag=tag)
         response.headers["ETag"] = tag
-        return query
+        return given
 
     def post_message(self) -> str:
         began, client = time.perf_counter(), request.environ["REMOTE_ADDR"]
@@ -505,11 +504,11 @@ class Api:
             raise
         why = CONFLICT.format_map(message) if outcome == "conflicting" else ""
         self.store.on_commit(self.report, began, client, outcome, why)
-        response.status = 202  # its sender would repeat an error, so a conflict is a duplicate
+        response.status = 202  # a conflict, too, as after an error its sender would repeat it
         return '{"status": "applied"}\n' if outcome == "applied" else '{"status": "duplicate"}\n'
 
     def report(self, began: float, client: str, outcome: str, why: str) -> None:
-        """Count and log a POST. Called on commit: after a rollback, the POST is handled again."""
+        """Count and log a POST, on commit only, as it is handled again after a rollback."""
         self.outcomes[outcome] += 1
         self.seconds += time.perf_counter() - began
         if why:
@@ -539,7 +538,7 @@ class Api:
         key = read_fields({"channel": channel}, KEY_RULES)
         given = self.read_tagged_query(MESSAGES_RULES)
         ((total,),) = self.store.execute(COUNT_MESSAGES, key)
-        if total == 0:  # there is no such rocket
+        if total is None:  # there is no such rocket
             raise HTTPError(404, UNKNOWN)
         query = DEFAULTS | given
         order, limit = query["order"], query["limit"]
@@ -568,7 +567,7 @@ class Api:
 
     def get_health(self) -> str:
         read_query({})
-        if self.outcomes["failed"]:
+        if self.outcomes["failed"]:  # else no write is needed
             self.store.probe()  # raises Unavailable while nothing can be stored
         ((rockets, messages, _),) = self.store.execute(COUNT_ALL)
         return json.dumps({"status": "ok", "rockets": rockets, "messages": messages}) + "\n"
@@ -576,8 +575,8 @@ class Api:
     def get_metrics(self) -> str:
         read_query({})
         response.content_type = "text/plain; version=0.0.4; charset=utf-8"
-        metrics, posts = (STATIC / "metrics.txt").read_text(), sum(self.outcomes.values())
-        return metrics.format(api=self, posts=posts, version=VERSION, **self.count_fleet())
+        template, posts = (STATIC / "metrics.txt").read_text(), sum(self.outcomes.values())
+        return template.format(api=self, posts=posts, version=VERSION, **self.count_fleet())
 
 
 def create_app(store: Store) -> Bottle:
@@ -608,9 +607,10 @@ POLL = 0.2  # seconds that a poll waits; a signal to stop is noticed after it
 GRACE_PERIOD = 4  # seconds after a signal to stop in which requests under way are answered
 WAITRESS = {
     "threads": 0,  # the loop's own thread does all
-    "connection_limit": MAX_CONNECTIONS + 3,  # two listeners, and one that close_silent() replaces
+    "clear_untrusted_proxy_headers": False,  # the app reads none of them
+    "connection_limit": MAX_CONNECTIONS + 3,  # 2 listeners, and a newcomer until close_silent()
     "max_request_header_size": 16 * 1024,  # bytes; a larger one gets a 431
-    "max_request_body_size": 64 * 1024 + 1,  # bytes; so the app refuses all but huge ones
+    "max_request_body_size": 64 * 1024 + 1,  # bytes; from here on waitress answers 413, not the app
     "outbuf_overflow": sys.maxsize,  # bytes; no temporary files, as the disk may be full
     "outbuf_high_watermark": sys.maxsize,  # bytes; nothing waits for a client to read
 }
@@ -625,7 +625,7 @@ class Request(HTTPRequestParser):
             raise ParsingError("a header must have less than 64 blanks in a row")
         try:
             super().parse_header(header_plus)
-        except (ValueError, TransferEncodingNotImplemented) as error:  # a bad URL, or a 501
+        except (ValueError, TransferEncodingNotImplemented) as error:  # bad URL or coding: a 400
             raise ParsingError(str(error)) from error
         head = header_plus.lower().translate(None, b" \t")  # without blanks
         codings = re.findall(rb"\ntransfer-encoding:(.*)\r", head)  # waitress drops this header
@@ -660,7 +660,7 @@ class Connection(HTTPChannel):
     def received(self, data: bytes) -> bool:
         """Refuse data that begins with no letter, such as TLS: its header would never end."""
         is_http = self.request or data[:1].isalpha()
-        return super().received(data if is_http else b"?\r\n\r\n")
+        return super().received(data if is_http else b"?\r\n\r\n")  # no start line: a 400
 
     def is_ready(self) -> bool:
         return not self.writable() or not self.connected  # all is sent, or nobody reads it
@@ -691,7 +691,7 @@ class Server:
 
     waitress polls, accepts, parses and sends. Three things of it are replaced: its threads by
     turn(), as there is one writer; its tasks by AnswerTask, as an answer waits for the commit; and
-    its closing of silent connections by close_silent(), as waitress closes none that never reads.
+    its closing of silent connections by close_silent(), as waitress keeps one that never reads.
     """
 
     def __init__(self, app: Bottle, store: Store, sockets: list[socket.socket]):
@@ -725,14 +725,14 @@ class Server:
         """Receive what comes, and answer what is ready, up to MAX_TURN requests."""
         self.receive(0 if any(each.is_ready() for each in self.arrived) else POLL)
         ready = [each for each in self.arrived if each.is_ready()][:MAX_TURN]
-        self.arrived[:] = [each for each in self.arrived if each not in ready]
+        self.arrived[:] = [each for each in self.arrived if each not in ready]  # waitress's list
         if not ready:
             return
         try:
             with self.store.transaction():
                 if any(connection.ask() >= 500 for connection in ready):  # stops at the first
                     raise Unavailable("a request failed")  # rolls back; nobody reads the words
-        except (Unavailable, sqlite3.Error):  # of COMMIT, only OperationalError becomes Unavailable
+        except (Unavailable, sqlite3.Error):  # execute() lets the rarer errors of COMMIT through
             for connection in ready:
                 connection.ask()
         for connection in ready:
@@ -747,7 +747,7 @@ class Server:
             known = len(self.map)
             wasyncore.loop(seconds, use_poll=True, map=self.map, count=1)
             seconds = 0
-        # Not during a poll: a new connection could get a closed one's descriptor, and its events.
+        # Not in a poll, where a new connection could get a closed one's descriptor and its events.
         self.close_silent()
 
     def close_silent(self) -> None:
@@ -772,8 +772,8 @@ def listen(host: str, port: int) -> list[socket.socket]:
         try:
             family = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0][0]
             sockets.append(socket.create_server((address, port), family=family))
-        except (OSError, UnicodeError, OverflowError) as error:  # ::1 may be missing, but not taken
-            if not sockets or getattr(error, "errno", 0) == errno.EADDRINUSE:
+        except (OSError, UnicodeError, OverflowError) as error:
+            if not sockets or getattr(error, "errno", 0) == errno.EADDRINUSE:  # no ::1 is fine
                 raise OSError(f"cannot listen on {address} port {port}: {error}") from error
         port = sockets[0].getsockname()[1]  # for port 0, what the system chose
     return sockets
