@@ -48,7 +48,7 @@ log = logging.getLogger("rockets")
 ROCKET_FIELDS = ("channel", "type", "speed", "mission", "status", "explosionReason")
 ROCKET_FIELDS += ("launchedAt", "updatedAt", "lastMessageNumber", "missingMessages")
 STATUSES = ("active", "awaiting_launch", "exploded")
-NEVER = MAX_NUMBER + 1  # of a launch or explosion to come: the lowest wins; a mission to come has 0
+NEVER = MAX_NUMBER + 1  # number until a launch or explosion comes: above any (for a mission: 0)
 CREATE_MESSAGES = """
 CREATE TABLE IF NOT EXISTS messages (
     channel TEXT NOT NULL, messageNumber INTEGER NOT NULL,
@@ -129,12 +129,12 @@ FROM rockets WHERE (:status IS NULL OR status = :status) AND (:type IS NULL OR t
     AND (:mission IS NULL OR mission = :mission)
     AND (:q IS NULL OR contains(:q, channel, type, mission))"""  # contains() is in Storage
 COUNT_MATCHING = f"SELECT count(*) {MATCHING}"
-SORT_KEYS = {field: field for field in ROCKET_FIELDS if field != "explosionReason"}  # of no use
+SORT_KEYS = {field: field for field in ROCKET_FIELDS if field != "explosionReason"}  # a free text
 SORT_KEYS |= {field: f"julianday({field})" for field in ("launchedAt", "updatedAt")}  # by UTC
 SELECT_ROCKETS = f"""
 SELECT CAST(json AS BLOB) {MATCHING}
 ORDER BY %(sort)s %(order)s NULLS LAST, channel LIMIT :limit OFFSET :offset"""
-COUNT_MESSAGES = "SELECT sum(messageCount) FROM rockets WHERE channel = :channel"
+COUNT_MESSAGES = "SELECT sum(messageCount) FROM rockets WHERE channel = :channel"  # NULL if none
 SELECT_MESSAGES = """
 SELECT messageNumber, CAST('{"metadata":' || json_object(
     'channel', channel, 'messageNumber', messageNumber,
@@ -296,11 +296,11 @@ def contains(part: str, *texts: str | None) -> bool:
 
 
 class Store:
-    """One SQLite file, for the thread that opened it. Each method may raise Unavailable."""
+    """One SQLite file, for the thread that opened it. What uses it may raise Unavailable."""
 
     def __init__(self, path: str):
         """Open or create the file. Raise OSError if it cannot be used."""
-        self.is_in_transaction = False  # connection.in_transaction turns False if SQLite rolls back
+        self.is_in_transaction = False  # not connection.in_transaction: SQLite may end it early
         self.commits = 0  # counts those that changed something, for metrics.txt
         self.opened_at, self.checked_at = time.time(), time.monotonic()
         path = os.path.realpath(path)  # SQLite makes its other files beside the target of a link
@@ -313,7 +313,7 @@ class Store:
             self.close = self.connection.close  # closing moves the WAL into the file
             self.prepare()
             self.inodes = {name: os.stat(name).st_ino for name in (path, wal, f"{path}-shm")}
-        except (Unavailable, sqlite3.Error, OSError) as error:  # Unavailable shows only its why
+        except (Unavailable, sqlite3.Error, OSError) as error:  # str() of an Unavailable is its why
             hint = BACKUP_HINT if type(error) is sqlite3.DatabaseError else ""  # means damage
             raise OSError(f"cannot use {path} as the database: {error}{hint}") from error
 
@@ -381,7 +381,7 @@ class Store:
             with self.connection:  # rolls back if something fails, COMMIT included
                 self.execute("BEGIN")
                 yield
-                self.execute("COMMIT")  # here, so that its errors become Unavailable
+                self.execute("COMMIT")  # here, so that most of its errors become Unavailable
         finally:
             self.is_in_transaction = False
         self.commits += self.connection.total_changes > changes
@@ -389,7 +389,7 @@ class Store:
             callback(*arguments)
 
     def on_commit(self, callback: Callable, *arguments: Any) -> None:
-        """Call back after the commit, never after a rollback, and now outside a transaction."""
+        """Call back after the commit, never after a rollback; at once outside a transaction."""
         if self.is_in_transaction:
             self.callbacks.append((callback, *arguments))
         else:
@@ -438,7 +438,7 @@ UNKNOWN = "no message has come on this channel"
 
 
 def add_headers() -> None:
-    """Complete an answer's headers. Bottle's own 500 goes without."""
+    """Complete an answer's headers. A 500 by an uncaught exception loses them."""
     response.headers.setdefault("Content-Type", "application/json")
     if request.method != "POST":
         response.headers.update(HEADERS)
@@ -451,7 +451,7 @@ def with_array(members: dict, name: str, items: list[bytes]) -> bytes:
 
 
 def problem(error: HTTPError) -> str:
-    """Return an error as RFC 9457 asks. ask() calls this for waitress's, and uses no response."""
+    """Return an error as RFC 9457 asks. For errors of waitress, ask() sets the Content-Type."""
     status, detail = error.status_code, error.body
     if status == 405:
         detail = f"{request.path} takes {response.headers['Allow']}, not {request.method}"
@@ -504,11 +504,11 @@ class Api:
             raise
         why = CONFLICT.format_map(message) if outcome == "conflicting" else ""
         self.store.on_commit(self.report, began, client, outcome, why)
-        response.status = 202  # a conflict, too, as after an error its sender would repeat it
+        response.status = 202  # also for a conflict: after an error, its sender would repeat it
         return '{"status": "applied"}\n' if outcome == "applied" else '{"status": "duplicate"}\n'
 
     def report(self, began: float, client: str, outcome: str, why: str) -> None:
-        """Count a POST, and log why, if given. Only on commit, as a rollback has it repeated."""
+        """Count a POST, and log why, if given. On commit: after a rollback, ask() repeats it."""
         self.outcomes[outcome] += 1
         self.seconds += time.perf_counter() - began
         if why:
@@ -608,9 +608,9 @@ GRACE_PERIOD = 4  # seconds after a signal to stop in which requests under way a
 WAITRESS = {
     "threads": 0,  # the loop's own thread does all
     "clear_untrusted_proxy_headers": False,  # the app reads none of them
-    "connection_limit": MAX_CONNECTIONS + 3,  # 2 listeners, 1 over: close_silent() acts
+    "connection_limit": MAX_CONNECTIONS + 3,  # 2 listeners count, and close_silent() needs 1 extra
     "max_request_header_size": 16 * 1024,  # bytes; a larger one gets a 431
-    "max_request_body_size": 64 * 1024 + 1,  # bytes; a 413 by waitress; MAX_BODY is the app's
+    "max_request_body_size": 64 * 1024 + 1,  # bytes; the first size that waitress refuses
     "outbuf_overflow": sys.maxsize,  # bytes; no temporary files, as the disk may be full
     "outbuf_high_watermark": sys.maxsize,  # bytes; nothing waits for a client to read
 }
@@ -732,7 +732,7 @@ class Server:
             with self.store.transaction():
                 if any(connection.ask() >= 500 for connection in ready):  # stops at the first
                     raise Unavailable("a request failed")  # rolls back; nobody reads the words
-        except (Unavailable, sqlite3.Error):  # execute() lets the rarer errors of COMMIT through
+        except (Unavailable, sqlite3.Error):  # COMMIT may raise more than execute() translates
             for connection in ready:
                 connection.ask()
         for connection in ready:
@@ -747,7 +747,7 @@ class Server:
             known = len(self.map)
             wasyncore.loop(seconds, use_poll=True, map=self.map, count=1)
             seconds = 0
-        # Only now: in a poll, a new connection could get a closed one's descriptor and its events.
+        # Not in a poll: whoever is accepted then could get a closed one's descriptor and events.
         self.close_silent()
 
     def close_silent(self) -> None:
