@@ -252,9 +252,10 @@ def run(args: argparse.Namespace, server: Server | None = None) -> bool:
     held = read_rockets(args.url)
     sender = Sender(args.url, args.concurrency_level)
     took = sender.run(bodies(), say_progress)
+    is_wrong = verify(sent, held, read_rockets(args.url))
     line = f"{sender.done:,} messages in {took:,.1f} s, {sender.done / took:,.0f} a second, "
     say(f"{line}{sender.duplicates:,} duplicates, {sender.retries:,} retries")
-    return verify(sent, held, read_rockets(args.url))
+    return is_wrong
 
 
 def verify(sent: dict[str, list], held: dict[str, dict], served: dict[str, dict]) -> bool:
@@ -265,7 +266,8 @@ def verify(sent: dict[str, list], held: dict[str, dict], served: dict[str, dict]
             sys.exit("not compared: the service holds later messages of this seed; use its --reset")
         del rockets[channel]["launchedAt"], rockets[channel]["updatedAt"]  # of an earlier run
     differences = list(compare(rockets, served))
-    print(*differences, f"{len(rockets)} rockets, {len(differences):,} differences", sep="\n")
+    for line in [*differences, f"{len(rockets)} rockets, {len(differences):,} differences"]:
+        say(line)
     return bool(differences)
 
 
